@@ -1,0 +1,155 @@
+"""UPLiFTLatentUpscalePipeline: latents or an image in, larger latents or a larger image out."""
+
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+
+from uplift_diffusers.images import ImageInput, read_pictures, resize
+from uplift_diffusers.latent_space import LatentSpace
+from uplift_diffusers.models.autoencoder import AutoencoderLocal
+from uplift_diffusers.models.uplift import UPLiFTModel
+from uplift_diffusers.scale import num_steps_for_scale, scaled_size
+
+
+class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
+    r"""
+    Upscales the latents of any diffusers pipeline, as a stage between its last denoising step and its VAE.
+
+    Args:
+        vae ([`AutoencoderKL`], [`AutoencoderTiny`], [`AutoencoderDC`] or [`AutoencoderLocal`]): encodes and decodes.
+        upsampler ([`UPLiFTModel`]): trained for the VAE's latents.
+        latent_space (`str`, *optional*): declares which latent space the VAE's latents belong to, where its config
+            does not say (see [`LatentSpace`]).
+    Raises:
+        TypeError: a VAE of another kind.
+        ValueError: `upsampler` was trained for other latents than those of `vae`.
+
+    Example:
+        ```py
+        >>> import torch
+        >>> from diffusers import StableDiffusionPipeline
+        >>> from uplift_diffusers import UPLiFTLatentUpscalePipeline, UPLiFTModel
+
+        >>> sd = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        >>> upsampler = UPLiFTModel.from_pretrained("UPLiFT-upsampler/uplift_sd1.5vae")
+        >>> upscale = UPLiFTLatentUpscalePipeline(vae=sd.vae, upsampler=upsampler)
+
+        >>> latents = sd("a lighthouse on a cliff", output_type="latent").images
+        >>> upscale(latents=latents, scale=2, generator=torch.Generator().manual_seed(0)).images[0].save("large.png")
+        ```
+    """
+
+    model_cpu_offload_seq = "vae->upsampler"
+
+    def __init__(
+        self,
+        vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | AutoencoderLocal,
+        upsampler: UPLiFTModel,
+        latent_space: str | None = None,
+    ):
+        super().__init__()
+        self.latent_space = LatentSpace.of(vae, latent_space)
+        self.latent_space.check_upsampler(upsampler)
+        self.register_modules(vae=vae, upsampler=upsampler)
+        self.register_to_config(latent_space=latent_space)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.latent_space.spatial_factor, do_normalize=False)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        latents: torch.Tensor | None = None,
+        image: ImageInput | None = None,
+        scale: float = 2,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        Upscale latents.
+
+        Args:
+            latents (`torch.Tensor`, *optional*): (B, C, h, w), scaled, as diffusers' pipelines return them with
+                `output_type="latent"`. Encoded from `image` if not given.
+            image (*optional*): the image of these latents, which guides the upsampling: PIL, array or tensor, or a
+                list of one size, f*h by f*w pixels. Decoded from `latents` if not given.
+            scale (`float`): from 1 to 16; 1, 2, 4, 8 or 16 for `output_type="latent"`. Between powers of two the
+                image is made with the next larger one and reduced.
+            generator: one, or one for each item, which makes an item's result the same alone and in a batch.
+            output_type (`str`): `"pil"`; `"np"`, float32 (B, H, W, 3) in [0, 1]; `"pt"`, float32 (B, 3, H, W) in
+                [0, 1]; or `"latent"`, the large latents, scaled.
+            return_dict (`bool`): return an [`ImagePipelineOutput`] instead of a tuple.
+        Returns:
+            `.images`, of round(scale * f*h) by round(scale * f*w) pixels, or latents.
+        Raises:
+            TypeError, ValueError: an argument that is not as above, before any work is done.
+        """
+        # 1. Check inputs
+        space, device = self.latent_space, self._execution_device
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
+        num_steps = num_steps_for_scale(scale, latent_output=output_type == "latent")
+        guide = None if image is None else self._stack_guides(image)
+        self._check_inputs(latents, guide, generator)
+
+        # 2. Complete the pair of latents and guide image
+        if latents is None:
+            guide = guide.to(device)
+            raw_latents = space.encode(self.vae, guide)  # (B, C, h, w)
+        else:
+            raw_latents = space.unscale(latents.to(device, torch.float32))
+            if guide is None and num_steps > 0:
+                guide = space.decode(self.vae, raw_latents)  # (B, 3, f*h, f*w)
+        height, width = raw_latents.shape[2] * space.spatial_factor, raw_latents.shape[3] * space.spatial_factor
+
+        # 3. Upsample
+        if num_steps > 0:
+            raw_latents = self.upsampler(
+                raw_latents.to(self.upsampler.dtype), image=guide.to(device), num_steps=num_steps, generator=generator
+            ).sample  # (B, C, 2**n * h, 2**n * w)
+
+        # 4. Decode
+        if output_type == "latent":
+            images = space.scale(raw_latents)
+        else:
+            images = resize(space.decode(self.vae, raw_latents), scaled_size((height, width), scale))
+            images = self.image_processor.postprocess(images, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _stack_guides(self, image: ImageInput) -> torch.Tensor:
+        """(B, 3, H, W) in [0, 1]."""
+        guides = [picture.color for picture in read_pictures(image)]
+        sizes = {tuple(guide.shape[1:]) for guide in guides}
+        if len(sizes) > 1:
+            raise ValueError(f"`image` must hold images of one size, got {sorted(sizes)} (height, width).")
+        return torch.stack(guides)
+
+    def _check_inputs(
+        self,
+        latents: torch.Tensor | None,
+        guide: torch.Tensor | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> None:
+        factor = self.latent_space.spatial_factor
+        if latents is None and guide is None:
+            raise ValueError("Either `latents` or `image` must be given, got neither.")
+        if latents is not None:
+            if not isinstance(latents, torch.Tensor):
+                raise TypeError(f"`latents` must be a tensor, got {type(latents).__name__}.")
+            self.latent_space.check_latents(latents)
+        if guide is not None:
+            size = tuple(guide.shape[2:])
+            if latents is None and (size[0] % factor or size[1] % factor):
+                raise ValueError(
+                    f"`image` must have a height and width that are multiples of {factor}, got {size}. "
+                    "UPLiFTSuperResolutionPipeline takes any size."
+                )
+            expected = None if latents is None else (latents.shape[2] * factor, latents.shape[3] * factor)
+            if expected is not None and (size != expected or len(guide) != len(latents)):
+                raise ValueError(
+                    f"`image` must be {len(latents)} images of {expected} (height, width) pixels for `latents` of "
+                    f"{tuple(latents.shape)}, got {len(guide)} of {size}."
+                )
+        batch = len(latents) if latents is not None else len(guide)
+        if isinstance(generator, list) and len(generator) != batch:
+            raise ValueError(f"`generator` must have one entry for each of the {batch} items, got {len(generator)}.")

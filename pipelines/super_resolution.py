@@ -1,0 +1,124 @@
+"""UPLiFTSuperResolutionPipeline: an image in, a larger image out."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ImagePipelineOutput
+
+from uplift_diffusers.images import ImageInput, Picture, pad_to_multiple, read_pictures, resize
+from uplift_diffusers.latent_space import LatentSpace
+from uplift_diffusers.models.autoencoder import AutoencoderLocal
+from uplift_diffusers.models.uplift import UPLiFTModel
+from uplift_diffusers.scale import num_steps_for_scale, scaled_size
+
+
+class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
+    r"""
+    Makes images larger: encode, upsample the latents 2x a step under the image's guidance, decode.
+
+    Args:
+        vae ([`AutoencoderKL`], [`AutoencoderTiny`], [`AutoencoderDC`] or [`AutoencoderLocal`]): encodes and decodes.
+        upsampler ([`UPLiFTModel`]): trained for the VAE's latents.
+        latent_space (`str`, *optional*): declares which latent space the VAE's latents belong to, where its config
+            does not say (see [`LatentSpace`]).
+    Raises:
+        TypeError: a VAE of another kind.
+        ValueError: `upsampler` was trained for other latents than those of `vae`.
+
+    Example:
+        ```py
+        >>> from uplift_diffusers import UPLiFTSuperResolutionPipeline, embedded_bundle
+        >>> from PIL import Image
+
+        >>> pipe = UPLiFTSuperResolutionPipeline.from_pretrained(embedded_bundle())
+        >>> pipe(image=Image.open("photo.jpg"), scale=4).images[0].save("larger.png")
+        ```
+    """
+
+    model_cpu_offload_seq = "vae->upsampler"
+
+    def __init__(
+        self,
+        vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | AutoencoderLocal,
+        upsampler: UPLiFTModel,
+        latent_space: str | None = None,
+    ):
+        super().__init__()
+        self.latent_space = LatentSpace.of(vae, latent_space)
+        self.latent_space.check_upsampler(upsampler)
+        self.register_modules(vae=vae, upsampler=upsampler)
+        self.register_to_config(latent_space=latent_space)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: ImageInput,
+        scale: float = 2,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        Enlarge one image or several, of any width and height.
+
+        Args:
+            image: a PIL image of any mode, an array (H, W[, C]) or (B, H, W, C), a tensor ([B,] C, H, W), or a list
+                of these, of different sizes if need be. Floats are in [0, 1]. Alpha is kept.
+            scale (`float`): from 1 to 16. Between powers of two the image is made with the next larger one and
+                reduced; at 1 it is returned as it is.
+            generator: one, drawn from image after image, or one for each image, which makes an image's result the
+                same alone and in a list.
+            output_type (`str`): `"pil"`; `"np"`, float32 (B, H, W, C) in [0, 1]; or `"pt"`, float32 (B, C, H, W) in
+                [0, 1]. Images of different sizes come as a list of arrays or tensors.
+            return_dict (`bool`): return an [`ImagePipelineOutput`] instead of a tuple.
+        Returns:
+            `.images`, each of exactly round(scale * height) by round(scale * width) pixels. PIL images come back in
+            the mode they were given in where it is greyscale, RGB, with alpha or not, or 16-bit greyscale.
+        Raises:
+            TypeError, ValueError: an argument that is not as above, before any work is done.
+        """
+        # 1. Check inputs
+        num_steps = num_steps_for_scale(scale)
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"`output_type` must be 'pil', 'np' or 'pt', got {output_type!r}.")
+        pictures = read_pictures(image)
+        if isinstance(generator, list) and len(generator) != len(pictures):
+            raise ValueError(
+                f"`generator` must have one entry for each of the {len(pictures)} images, got {len(generator)}."
+            )
+        generators = generator if isinstance(generator, list) else [generator] * len(pictures)
+
+        # 2. Enlarge, one picture at a time: sizes differ, and a picture's result must not depend on its neighbours
+        enlarged = []
+        with self.progress_bar(total=len(pictures)) as progress:
+            for picture, picture_generator in zip(pictures, generators, strict=True):
+                enlarged.append(self._enlarge(picture, scale, num_steps, picture_generator) if scale != 1 else picture)
+                progress.update()
+        self.maybe_free_model_hooks()
+
+        # 3. Hand back in the form that was asked for
+        if output_type == "pil":
+            images = [picture.to_pil() for picture in enlarged]
+        else:
+            tensors = [picture.to_tensor() for picture in enlarged]
+            arrays = tensors if output_type == "pt" else [tensor.permute(1, 2, 0).numpy() for tensor in tensors]
+            same_size = len({array.shape for array in arrays}) == 1
+            stack = torch.stack if output_type == "pt" else np.stack
+            images = stack(arrays) if same_size else arrays
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _enlarge(self, picture: Picture, scale: float, num_steps: int, generator: torch.Generator | None) -> Picture:
+        device, space = self._execution_device, self.latent_space
+        target = scaled_size((picture.height, picture.width), scale)
+        guide = pad_to_multiple(picture.color[None].to(device), space.spatial_factor)  # (1, 3, f*h, f*w)
+
+        raw_latents = space.encode(self.vae, guide).to(self.upsampler.dtype)  # (1, C, h, w)
+        raw_latents = self.upsampler(raw_latents, image=guide, num_steps=num_steps, generator=generator).sample
+        color = space.decode(self.vae, raw_latents)  # (1, 3, 2**n * f*h, 2**n * f*w)
+
+        color = color[..., : picture.height * 2**num_steps, : picture.width * 2**num_steps]
+        color = resize(color, target)[0].cpu()
+        alpha = None
+        if picture.alpha is not None:
+            alpha = F.interpolate(picture.alpha[None], size=target, mode="bicubic").clamp(0, 1)[0]
+        return Picture(color, alpha, picture.mode)

@@ -1,0 +1,1 @@
+"""Measurement of upsamplers on photographs."""

@@ -1,0 +1,1 @@
+"""The networks: UPLiFT itself and the small autoencoder of the embedded bundle."""

@@ -1,0 +1,121 @@
+"""Published reference checkpoint -> UPLiFTModel: names and shapes checked one by one."""
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+_DINO = {
+    "latent_channels": 384,
+    "encoder_block_out_channels": (16, 32, 64, 128, 128),
+    "encoder_layers_per_block": 1,
+    "encoder_spatial_factor": 16,
+    "image_normalization": "imagenet",
+    "decoder_channels": 64,
+    "decoder_layers": (1, 1),
+    "refiner_layers": 0,
+    "noise_channels": 0,
+    "decoder_convs_per_block": 2,
+    "norm_type": "batch_norm",
+}
+
+VARIANTS: dict[str, dict] = {
+    "sd15-vae": {},  # the defaults of UPLiFTModel
+    "dinov2-s14": {**_DINO, "latent_space": "dinov2-s14", "spatial_factor": 14},
+    "dinov3-splus16": {**_DINO, "latent_space": "dinov3-splus16", "spatial_factor": 16},
+}
+"""Configurations of the published checkpoints, by the name that `from_single_file` takes."""
+
+_REPOSITORY_NAMES = {
+    "uplift_sd1.5vae": "sd15-vae",
+    "uplift_dinov2-s14": "dinov2-s14",
+    "uplift_dinov3-splus16": "dinov3-splus16",
+}
+
+_BLOCKS = (
+    (r"encoder\.block_(\d+)\.blocks\.(\d+)\.conv", r"encoder.blocks.\1.layers.\2"),
+    (r"decoder\.block_0\.blocks\.(\d+)\.conv", r"decoder.coarse.layers.\1"),
+    (r"decoder\.block_1\.blocks\.(\d+)\.conv", r"decoder.fine.layers.\1"),
+    (r"refiner\.blocks\.(\d+)\.conv", r"refiner.blocks.layers.\1"),
+)
+_LAYERS = (
+    (r"decoder\.up_1\.up", "decoder.upsample"),
+    (r"attender\.conv1", "attender.conv"),
+    (r"ref_outc", "refiner.conv_out"),
+)
+
+
+def variant_from_name(name: str) -> str | None:
+    """The variant that a repository or file of the authors' is named after, or None."""
+    return _REPOSITORY_NAMES.get(Path(name).name.removesuffix(".safetensors"))
+
+
+def load_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """
+    Read a safetensors file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not safetensors (pickle checkpoints are never opened), or damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"`{path}` is not a file.")
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"`{path.name}` must be a .safetensors file. Pickle checkpoints can run code when they are opened; "
+            "convert it to safetensors first."
+        )
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"`{path}` is not a whole safetensors file ({error}). Download it again.") from error
+
+
+def convert_state_dict(reference: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    Rename the published parameters to ours.
+
+    A block of the reference is one sequence: convolution, norm and ReLU for each 3x3 convolution, so entries 0, 1, 3,
+    4, ..., then the 1x1 convolution, which is the last entry and the only one with a bias at a position of a
+    convolution.
+
+    Raises:
+        ValueError: a name that no published checkpoint has.
+    """
+    return {_convert_name(name, reference): tensor for name, tensor in reference.items()}
+
+
+def _convert_name(name: str, reference: dict[str, torch.Tensor]) -> str:
+    for pattern, replacement in _LAYERS:
+        if match := re.fullmatch(rf"{pattern}\.(weight|bias)", name):
+            return f"{replacement}.{match[1]}"
+    for pattern, replacement in _BLOCKS:
+        if match := re.fullmatch(rf"(?P<block>{pattern})\.(?P<position>\d+)\.(?P<parameter>\w+)", name):
+            block, position = re.sub(pattern, replacement, match["block"]), int(match["position"])
+            conv, kind = divmod(position, 3)
+            if kind == 1:
+                return f"{block}.norms.{conv}.{match['parameter']}"
+            if kind == 0 and f"{match['block']}.{position}.bias" in reference:
+                return f"{block}.proj.{match['parameter']}"
+            if kind == 0:
+                return f"{block}.convs.{conv}.{match['parameter']}"
+    raise ValueError(f"`{name}` is not a parameter of a published UPLiFT checkpoint.")
+
+
+def check_state_dict(converted: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], *, variant: str) -> None:
+    """Raise ValueError, naming the first differences, unless names and shapes are exactly `expected`."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in converted.items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    problems = [f"no {name}" for name in wanted if name not in shapes]
+    problems += [f"unknown {name}" for name in shapes if name not in wanted]
+    problems += [
+        f"{name} is {shapes[name]}, not {wanted[name]}"
+        for name in wanted
+        if shapes.get(name, wanted[name]) != wanted[name]
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"The checkpoint is not a {variant!r} UPLiFT: {'; '.join(problems[:3])}{more}.")

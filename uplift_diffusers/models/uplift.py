@@ -1,0 +1,388 @@
+"""UPLiFT: an encoder that runs once, one weight-shared 2x decoder applied step after step, the Local Attender."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import nn
+
+from uplift_diffusers.functional import NEIGHBORHOODS, local_attention, resample_nearest
+from uplift_diffusers.models.blocks import NORMS, ConvGroup, add_shared_channels
+
+Generator = torch.Generator | list[torch.Generator] | None
+
+IMAGE_NORMALIZATIONS = {
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+@dataclass
+class UPLiFTOutput(BaseOutput):
+    """
+    Args:
+        sample (`torch.Tensor`): (B, C, h * 2**num_steps, w * 2**num_steps), raw latents.
+        steps (`list[torch.Tensor]`, *optional*): the result of every 2x step; the last one is `sample`.
+    """
+
+    sample: torch.Tensor
+    steps: list[torch.Tensor] | None = None
+
+
+class UPLiFTEncoder(nn.Module):
+    """Image -> the last two guide maps, at the image's resolution divided by `patch_size`."""
+
+    def __init__(
+        self,
+        block_out_channels: tuple[int, ...],
+        *,
+        layers_per_block: int,
+        patch_size: int,
+        num_convs: int,
+        norm_type: str,
+    ):
+        super().__init__()
+        self.unshuffle = nn.PixelUnshuffle(patch_size)
+        widths = (3 * patch_size**2, *block_out_channels)
+        self.blocks = nn.ModuleList(
+            ConvGroup(before, after, num_layers=layers_per_block, num_convs=num_convs, norm_type=norm_type)
+            for before, after in zip(widths[:-1], widths[1:])
+        )
+
+    def forward(self, image: torch.Tensor, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, 3, H, W) -> the map before the last and the last one, every `stride`-th position of each."""
+        hidden = self.unshuffle(image).contiguous(memory_format=torch.channels_last)
+        for block in self.blocks[:-1]:
+            hidden = block(hidden)
+        return hidden[..., ::stride, ::stride], self.blocks[-1](hidden, stride)
+
+
+class UPLiFTDecoder(nn.Module):
+    """One 2x step on features: blocks, transposed convolution beside bilinear interpolation, blocks."""
+
+    def __init__(
+        self,
+        latent_channels: int,
+        channels: int,
+        guide_channels: tuple[int, int],
+        *,
+        num_layers: tuple[int, int],
+        num_convs: int,
+        norm_type: str,
+        noise_channels: int,
+    ):
+        super().__init__()
+        fine_guide, coarse_guide = guide_channels
+        settings = {"num_convs": num_convs, "norm_type": norm_type}
+        self.coarse = ConvGroup(
+            latent_channels + coarse_guide + noise_channels, channels, num_layers=num_layers[0], **settings
+        )
+        self.upsample = nn.ConvTranspose2d(channels, channels, 2, stride=2)
+        self.fine = ConvGroup(channels + fine_guide + noise_channels, channels, num_layers=num_layers[1], **settings)
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        coarse_guide: torch.Tensor,
+        fine_guide: torch.Tensor,
+        coarse_noise: torch.Tensor,
+        fine_noise: torch.Tensor,
+    ) -> torch.Tensor:
+        """(B, C, h, w) and guides and noise at (h, w) and (2h, 2w) -> (B, channels, 2h, 2w)."""
+        hidden = self.coarse(_concatenate(latents, coarse_guide, coarse_noise))
+        hidden = self.upsample(hidden) + F.interpolate(hidden, scale_factor=2, mode="bilinear", align_corners=True)
+        return self.fine(_concatenate(hidden, fine_guide, fine_noise))
+
+
+class LocalAttender(nn.Module):
+    """Pools the values around each cell with weights that a 1x1 convolution predicts from the guide."""
+
+    def __init__(self, guide_channels: int, neighborhood: int):
+        super().__init__()
+        self.neighborhood = neighborhood
+        self.conv = nn.Conv2d(guide_channels, neighborhood, 1)
+
+    def forward(self, guide: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """(B, G, cH, cW) and (B, C, H, W) -> (B, C, cH, cW)."""
+        # As every block of the published checkpoints, the convolution adds its input to its output.
+        logits = add_shared_channels(self.conv(guide), guide)
+        return local_attention(logits, values, self.neighborhood)
+
+
+class UPLiFTRefiner(nn.Module):
+    """Attended latents -> refined latents at the same size."""
+
+    def __init__(
+        self,
+        latent_channels: int,
+        channels: int,
+        guide_channels: int,
+        *,
+        num_layers: int,
+        num_convs: int,
+        norm_type: str,
+        noise_channels: int,
+        residual: bool,
+    ):
+        super().__init__()
+        self.residual = residual
+        self.blocks = ConvGroup(
+            latent_channels + guide_channels + noise_channels,
+            channels,
+            num_layers=num_layers,
+            num_convs=num_convs,
+            norm_type=norm_type,
+        )
+        self.conv_out = nn.Conv2d(channels, latent_channels, 1)
+
+    def forward(self, latents: torch.Tensor, guide: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        refined = self.conv_out(self.blocks(_concatenate(latents, guide, noise)))
+        return latents + refined if self.residual else refined
+
+
+class UPLiFTModel(ModelMixin, ConfigMixin):
+    r"""
+    Upsamples latents 2x a step under the guidance of the low-resolution image.
+
+    The defaults are the published SD1.5 VAE variant (53.5 M parameters). A LiFT upsampler is the same class with
+    `neighborhood=None` and `reencode_image=True`.
+
+    Args:
+        latent_channels (`int`): channels of the latents.
+        spatial_factor (`int`): image pixels per latent position, along each axis.
+        latent_space (`str`): name of the latents this model was trained for; pipelines refuse other ones.
+        encoder_block_out_channels (`tuple[int, ...]`): widths of the encoder's groups, at least two.
+        encoder_layers_per_block (`int`): blocks in each group.
+        encoder_patch_size (`int`): the encoder works on `encoder_patch_size`-pixel patches (1: on pixels).
+        encoder_spatial_factor (`int`, *optional*): image pixels per latent position that the encoder sees; where it
+            differs from `spatial_factor` the image is resized first (16 for backbones of patch 14).
+        image_normalization (`str`): `"none"` (the encoder sees [0, 1]) or `"imagenet"`.
+        decoder_channels (`int`): width of the decoder and of its guide features.
+        decoder_layers (`tuple[int, int]`): blocks of the decoder before and after the 2x.
+        neighborhood (`int`, *optional*): offsets of the Local Attender: 5, 9, 13, 17 or 25; None replaces it by a 1x1
+            convolution from the decoder's features.
+        refiner_channels (`int`): width of the refiner.
+        refiner_layers (`int`): blocks of the refiner; 0 leaves it out.
+        refiner_residual (`bool`): add the attended latents to the refiner's output.
+        noise_channels (`int`): channels of standard normal noise concatenated at each of the step's three inputs.
+        encoder_convs_per_block (`int`): 3x3 convolutions in a block of the encoder.
+        decoder_convs_per_block (`int`): 3x3 convolutions in a block of the decoder and the refiner.
+        norm_type (`str`): `"layer_norm"` (over channels) or `"batch_norm"`.
+        reencode_image (`bool`): encode the image anew at every step, magnified bilinearly, as LiFT does.
+    Raises:
+        ValueError: an argument out of its range.
+    Source: Walmer et al. 2026, section 3; LiFT: Suri et al. 2024.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_channels: int = 4,
+        spatial_factor: int = 8,
+        latent_space: str = "sd15-vae",
+        encoder_block_out_channels: tuple[int, ...] = (64, 128, 256, 512, 512),
+        encoder_layers_per_block: int = 2,
+        encoder_patch_size: int = 1,
+        encoder_spatial_factor: int | None = None,
+        image_normalization: str = "none",
+        decoder_channels: int = 512,
+        decoder_layers: tuple[int, int] = (1, 2),
+        neighborhood: int | None = 17,
+        refiner_channels: int = 512,
+        refiner_layers: int = 12,
+        refiner_residual: bool = False,
+        noise_channels: int = 4,
+        encoder_convs_per_block: int = 1,
+        decoder_convs_per_block: int = 1,
+        norm_type: str = "layer_norm",
+        reencode_image: bool = False,
+    ):
+        super().__init__()
+        _check_config(**{name: value for name, value in locals().items() if name not in ("self", "__class__")})
+
+        settings = {"num_convs": decoder_convs_per_block, "norm_type": norm_type}
+        guide_channels = encoder_block_out_channels[-2:]
+        self.encoder = UPLiFTEncoder(
+            encoder_block_out_channels,
+            layers_per_block=encoder_layers_per_block,
+            patch_size=encoder_patch_size,
+            num_convs=encoder_convs_per_block,
+            norm_type=norm_type,
+        )
+        self.decoder = UPLiFTDecoder(
+            latent_channels,
+            decoder_channels,
+            guide_channels,
+            num_layers=decoder_layers,
+            noise_channels=noise_channels,
+            **settings,
+        )
+        self.attender = LocalAttender(decoder_channels, neighborhood) if neighborhood is not None else None
+        self.proj_out = nn.Conv2d(decoder_channels, latent_channels, 1) if neighborhood is None else None
+        self.refiner = (
+            UPLiFTRefiner(
+                latent_channels,
+                refiner_channels,
+                guide_channels[1],
+                num_layers=refiner_layers,
+                noise_channels=noise_channels,
+                residual=refiner_residual,
+                **settings,
+            )
+            if refiner_layers
+            else None
+        )
+
+    def forward(
+        self,
+        raw_latents: torch.Tensor,
+        *,
+        image: torch.Tensor,
+        num_steps: int = 1,
+        generator: Generator = None,
+        return_steps: bool = False,
+        return_dict: bool = True,
+    ) -> UPLiFTOutput | tuple[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """
+        Upsample raw latents under image guidance.
+
+        Args:
+            raw_latents: (B, C, h, w) float, unscaled (for a VAE: the posterior's mode).
+            image: (B, 3, h * spatial_factor, w * spatial_factor) float in [0, 1].
+            num_steps: number of 2x steps, >= 1.
+            generator: one generator, or one for each item of the batch, which makes an item's result independent of
+                the batch around it. Noise is drawn in float32 on the generator's device.
+            return_steps: also return the result of every step.
+            return_dict: return a [`UPLiFTOutput`] instead of a tuple.
+        Returns:
+            (B, C, h * 2**num_steps, w * 2**num_steps), dtype and device of `raw_latents`.
+        Raises:
+            ValueError: rank, channels, batch or image size do not match, or num_steps is below 1.
+        Source: Walmer et al. 2026, section 3.1.
+        """
+        self._check_inputs(raw_latents, image, num_steps, generator)
+        image = image.to(raw_latents)
+        latents = raw_latents.contiguous(memory_format=torch.channels_last)
+
+        guides = None
+        steps = []
+        for step in range(num_steps):
+            if guides is None or self.config.reencode_image:
+                last_use = step if self.config.reencode_image else num_steps - 1
+                size = tuple(raw_latents.shape[2:])
+                guides = self._encode_image(image, size, magnification=2**step, finest=2 ** (last_use + 1))
+            latents = self._upsample_2x(latents, guides, generator)
+            steps.append(latents)
+
+        sample = latents.contiguous()
+        steps = [*steps[:-1], sample] if return_steps else None
+        if not return_dict:
+            return (sample, steps) if return_steps else (sample,)
+        return UPLiFTOutput(sample=sample, steps=steps)
+
+    def _encode_image(
+        self, image: torch.Tensor, latent_size: tuple[int, int], *, magnification: int, finest: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Guide maps of the image magnified, sampled no finer than `finest` times `latent_size`."""
+        config = self.config
+        mean, std = IMAGE_NORMALIZATIONS[config.image_normalization]
+        image = (image - image.new_tensor(mean)[:, None, None]) / image.new_tensor(std)[:, None, None]
+        factor = config.encoder_spatial_factor or config.spatial_factor
+        if factor != config.spatial_factor:
+            size = (latent_size[0] * factor, latent_size[1] * factor)
+            image = F.interpolate(image, size=size, mode="bilinear", antialias=True)
+        if magnification > 1:
+            image = F.interpolate(image, scale_factor=magnification, mode="bilinear")
+        # Positions per latent of the input, of the encoder's maps and of the finest step: the maps are only ever
+        # sampled at whole strides, so what lies between those positions need not be computed.
+        positions = factor * magnification // config.encoder_patch_size
+        stride = positions // finest if positions % finest == 0 else 1
+        return self.encoder(image, stride)
+
+    def _upsample_2x(
+        self, latents: torch.Tensor, guides: tuple[torch.Tensor, torch.Tensor], generator: Generator
+    ) -> torch.Tensor:
+        """(B, C, h, w) -> (B, C, 2h, 2w)."""
+        before_last, last = guides
+        batch, _, height, width = latents.shape
+        coarse, fine = (height, width), (2 * height, 2 * width)
+
+        def noise(size: tuple[int, int]) -> torch.Tensor:
+            shape = (batch, self.config.noise_channels, *size)
+            if not self.config.noise_channels:
+                return latents.new_empty(shape)
+            return randn_tensor(shape, generator=generator, device=latents.device, dtype=torch.float32).to(
+                latents.dtype
+            )
+
+        features = self.decoder(
+            latents, resample_nearest(last, coarse), resample_nearest(before_last, fine), noise(coarse), noise(fine)
+        )
+        upsampled = self.attender(features, latents) if self.attender is not None else self.proj_out(features)
+        if self.refiner is not None:
+            upsampled = self.refiner(upsampled, resample_nearest(last, fine), noise(fine))
+        return upsampled
+
+    def _check_inputs(
+        self, raw_latents: torch.Tensor, image: torch.Tensor, num_steps: int, generator: Generator
+    ) -> None:
+        channels, factor = self.config.latent_channels, self.config.spatial_factor
+        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+            raise ValueError(f"`num_steps` must be a whole number of at least 1, got {num_steps}.")
+        if raw_latents.ndim != 4 or raw_latents.shape[1] != channels:
+            raise ValueError(f"`raw_latents` must be (B, {channels}, h, w), got {tuple(raw_latents.shape)}.")
+        batch, _, height, width = raw_latents.shape
+        expected = (batch, 3, height * factor, width * factor)
+        if tuple(image.shape) != expected:
+            raise ValueError(
+                f"`image` must be {expected} for `raw_latents` of {tuple(raw_latents.shape)}, "
+                f"got {tuple(image.shape)}. One latent position stands for {factor} x {factor} pixels."
+            )
+        if isinstance(generator, list) and len(generator) != batch:
+            raise ValueError(f"`generator` must have one entry for each of the {batch} items, got {len(generator)}.")
+
+
+def _concatenate(*parts: torch.Tensor) -> torch.Tensor:
+    return torch.cat(parts, dim=1).contiguous(memory_format=torch.channels_last)
+
+
+def _check_config(**config) -> None:
+    for name in (
+        "latent_channels",
+        "spatial_factor",
+        "encoder_layers_per_block",
+        "encoder_patch_size",
+        "decoder_channels",
+        "refiner_channels",
+        "encoder_convs_per_block",
+        "decoder_convs_per_block",
+    ):
+        if config[name] < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {config[name]}.")
+    for name in ("refiner_layers", "noise_channels"):
+        if config[name] < 0:
+            raise ValueError(f"`{name}` must be at least 0, got {config[name]}.")
+    if len(config["encoder_block_out_channels"]) < 2:
+        raise ValueError(
+            "`encoder_block_out_channels` must have at least two entries, for the decoder uses the last two maps, "
+            f"got {config['encoder_block_out_channels']}."
+        )
+    if len(config["decoder_layers"]) != 2 or min(config["decoder_layers"]) < 1:
+        raise ValueError(f"`decoder_layers` must be two numbers of at least 1, got {config['decoder_layers']}.")
+    for name, known in (
+        ("norm_type", tuple(NORMS)),
+        ("image_normalization", tuple(IMAGE_NORMALIZATIONS)),
+        ("neighborhood", (*NEIGHBORHOODS, None)),
+    ):
+        if config[name] not in known:
+            raise ValueError(f"`{name}` must be one of {known}, got {config[name]!r}.")
+    encoder_factor = config["encoder_spatial_factor"] or config["spatial_factor"]
+    if encoder_factor % config["encoder_patch_size"]:
+        raise ValueError(
+            f"`encoder_patch_size` must divide the {encoder_factor} pixels per latent position, "
+            f"got {config['encoder_patch_size']}."
+        )

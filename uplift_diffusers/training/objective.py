@@ -1,0 +1,83 @@
+"""Multi-depth self-supervised reconstruction: every 2x step against the latents of the image at that size."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from uplift_diffusers.latent_space import Autoencoder, LatentSpace
+from uplift_diffusers.models.uplift import UPLiFTModel
+
+
+class MultiDepthObjective(nn.Module):
+    """
+    The sum over depths d and steps k of mean((step_k - latents of the image at that size)^2).
+
+    For every depth d the model starts from the latents and the image at 1/2^d of the resolution and applies d steps.
+    With `pixel_weight`, each depth's last step is decoded too and compared with the image (L1 on [0, 1]).
+
+    Args:
+        model: what is trained.
+        vae: frozen; its latents are the targets.
+        space: the VAE's latent space.
+        depths: see above.
+        latent_noise: standard deviation of the noise added to the starting latents, raw units. Targets stay clean.
+        pixel_weight: weight of the loss in decoded pixels, for a VAE that is cheap to decode.
+    Source: Walmer et al. 2026, section 3.3, equations for L_simple and L_d.
+    """
+
+    def __init__(
+        self,
+        model: UPLiFTModel,
+        vae: Autoencoder,
+        space: LatentSpace,
+        *,
+        depths: tuple[int, ...],
+        latent_noise: float,
+        pixel_weight: float = 0.0,
+    ):
+        super().__init__()
+        self.model = model
+        self.vae = vae.eval().requires_grad_(False)
+        self.space = space
+        self.depths = depths
+        self.latent_noise = latent_noise
+        self.pixel_weight = pixel_weight
+
+    def forward(self, images: torch.Tensor, *, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """
+        (B, 3, R, R) in [0, 1], R a multiple of spatial_factor * 2^max(depths) -> `loss` and its parts.
+
+        `loss_d<d>` are the latent terms of each depth, `pixel_d<d>` the L1 in decoded pixels.
+        """
+        pyramid = image_pyramid(images, max(self.depths))
+        with torch.no_grad():
+            targets = [self.space.encode(self.vae, level).float() for level in pyramid]
+
+        losses = {}
+        for depth in self.depths:
+            noise = torch.randn(targets[depth].shape, generator=generator).to(targets[depth])
+            start = targets[depth] + self.latent_noise * noise
+            steps = self.model(
+                start, image=pyramid[depth], num_steps=depth, generator=generator, return_steps=True
+            ).steps
+            losses[f"loss_d{depth}"] = sum(
+                F.mse_loss(step.float(), targets[depth - 1 - index]) for index, step in enumerate(steps)
+            )
+            if self.pixel_weight:
+                # Not clamped: a gradient must flow back from values beyond the range.
+                decoded = self.vae.decode(steps[-1]).sample.float() / 2 + 0.5
+                losses[f"pixel_d{depth}"] = F.l1_loss(decoded, images)
+        losses["loss"] = sum(
+            value * (self.pixel_weight if name.startswith("pixel") else 1.0) for name, value in losses.items()
+        )
+        return losses
+
+
+def image_pyramid(images: torch.Tensor, depth: int) -> list[torch.Tensor]:
+    """(B, 3, R, R) and its reductions by 2, 4, ..., 2**depth: antialiased bicubic, rounded to 8 bits."""
+    pyramid = [images]
+    for level in range(1, depth + 1):
+        size = images.shape[-1] // 2**level
+        reduced = F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True)
+        pyramid.append((reduced * 255).round().clamp(0, 255) / 255)
+    return pyramid
