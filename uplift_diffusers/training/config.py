@@ -79,7 +79,10 @@ def parse_config(config_class: type[Config], arguments: list[str] | None = None,
         if not required:
             settings["default"] = field.default
         parser.add_argument(f"--{field.name}", **settings, **_argument_type(hints[field.name]))
-    values = vars(parser.parse_args(arguments))
+    values = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(parser.parse_args(arguments)).items()
+    }
     try:
         return config_class(**values)
     except ValueError as error:

@@ -1,0 +1,194 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from uplift_diffusers import AutoencoderLocal, UPLiFTModel, UPLiFTSuperResolutionPipeline
+from uplift_diffusers.scale import num_steps_for_scale, scaled_size
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    torch.manual_seed(0)
+    vae = AutoencoderLocal(
+        latent_channels=48,
+        block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        latent_space="test",
+    )
+    vae.fit_linear_code(smooth_images(16, 64).unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(0, 2))
+    upsampler = UPLiFTModel(
+        latent_channels=48,
+        latent_space="test",
+        encoder_block_out_channels=(8, 8),
+        encoder_patch_size=4,
+        decoder_channels=24,
+        refiner_channels=8,
+        refiner_layers=1,
+        refiner_residual=True,
+        noise_channels=2,
+    )
+    pipeline = UPLiFTSuperResolutionPipeline(vae=vae, upsampler=upsampler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def smooth_images(count, edge):
+    """(count, 3, edge, edge) in [-1, 1]."""
+    noise = torch.rand(count, 3, edge // 8, edge // 8, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    return torch.nn.functional.interpolate(noise, size=(edge, edge), mode="bicubic").clamp(-1, 1)
+
+
+def photograph(width=45, height=30, mode="RGB"):
+    image = Image.fromarray(((smooth_images(1, 64)[0].permute(1, 2, 0).numpy() + 1) * 127.5).astype(np.uint8))
+    return image.resize((width, height)).convert(mode)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 3), (8, 8), (301, 17)])
+@pytest.mark.parametrize("scale", [1, 1.37, 2, 3, 16])
+def test_output_is_exactly_scale_times_the_size(pipe, size, scale):
+    image = pipe(image=photograph(*size), scale=scale).images[0]
+    assert image.size == (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
+
+
+def test_scale_one_returns_the_image_itself(pipe):
+    image = photograph()
+    assert (np.asarray(pipe(image=image, scale=1).images[0]) == np.asarray(image)).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+def test_the_mode_is_kept(pipe, mode):
+    image = photograph(mode=mode)
+    output = pipe(image=image, scale=2).images[0]
+    assert output.mode == mode
+    assert output.size == (90, 60)
+
+
+def test_sixteen_bit_greyscale_stays_so(pipe):
+    array = np.asarray(photograph(mode="L")).astype(np.uint16) * 257
+    output = pipe(image=Image.fromarray(array), scale=2).images[0]
+    assert output.mode == "I;16"
+    assert np.asarray(output).max() > 255
+
+
+def test_alpha_is_enlarged_beside_the_color(pipe):
+    image = photograph(mode="RGBA")
+    alpha = np.zeros((30, 45), np.uint8)
+    alpha[:, 20:] = 255
+    image.putalpha(Image.fromarray(alpha))
+    output = np.asarray(pipe(image=image, scale=2).images[0])[..., 3]
+    assert (output[:, :36] == 0).all()
+    assert (output[:, 46:] == 255).all()
+
+
+def test_output_types_agree(pipe):
+    image = photograph()
+    arguments = {"image": image, "scale": 3}
+    array = pipe(**arguments, generator=seeded(), output_type="np").images
+    tensor = pipe(**arguments, generator=seeded(), output_type="pt").images
+    pil = pipe(**arguments, generator=seeded()).images[0]
+    assert array.shape == (1, 90, 135, 3)
+    assert tensor.shape == (1, 3, 90, 135)
+    assert array.dtype == np.float32
+    assert (tensor.permute(0, 2, 3, 1).numpy() == array).all()
+    assert (np.asarray(pil) == np.rint(array[0] * 255)).all()
+    assert 0 <= array.min() < array.max() <= 1
+
+
+def test_input_types_agree(pipe):
+    image = photograph()
+    array = np.asarray(image)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1) / 255
+    outputs = [
+        pipe(image=i, generator=seeded(), output_type="pt").images for i in (image, array, tensor, tensor[None])
+    ]
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], rtol=0, atol=1e-6)
+
+
+def test_an_image_of_a_list_equals_the_image_alone(pipe):
+    images = [photograph(40, 24), photograph(17, 33), photograph(40, 24)]
+    together = pipe(image=images, scale=4, generator=[seeded(index) for index in range(3)]).images
+    for index, image in enumerate(images):
+        (alone,) = pipe(image=image, scale=4, generator=seeded(index)).images
+        assert (np.asarray(alone) == np.asarray(together[index])).all()
+    assert (np.asarray(together[0]) != np.asarray(together[2])).any()
+
+
+def test_arrays_of_different_sizes_come_as_a_list(pipe):
+    images = pipe(image=[photograph(40, 24), photograph(17, 33)], output_type="np").images
+    assert [image.shape for image in images] == [(48, 80, 3), (66, 34, 3)]
+
+
+def test_tuple_equals_dataclass(pipe):
+    image = photograph()
+    (images,) = pipe(image=image, generator=seeded(), output_type="np", return_dict=False)
+    assert (images == pipe(image=image, generator=seeded(), output_type="np").images).all()
+
+
+def test_save_and_load_give_the_same_image(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    loaded = UPLiFTSuperResolutionPipeline.from_pretrained(tmp_path)
+    image = photograph()
+    expected = pipe(image=image, scale=4, generator=seeded(), output_type="np").images
+    assert (loaded(image=image, scale=4, generator=seeded(), output_type="np").images == expected).all()
+
+
+def test_padding_does_not_reach_the_output(pipe):
+    # 45 x 30 is padded to 48 x 32; where the picture already is of that size, its inside must not differ.
+    padded = np.pad(np.asarray(photograph()), ((0, 2), (0, 3), (0, 0)), mode="edge")
+    expected = pipe(image=padded, generator=seeded(), output_type="np").images[:, :60, :90]
+    actual = pipe(image=photograph(), generator=seeded(), output_type="np").images
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0, -1, 17, 0.5, math.nan, math.inf])
+def test_scales_out_of_range_are_refused(pipe, scale):
+    with pytest.raises(ValueError, match="`scale` must be from 1 to 16, got"):
+        pipe(image=photograph(), scale=scale)
+
+
+@pytest.mark.parametrize("scale", ["2", None, True, (2, 2)])
+def test_scales_that_are_no_numbers_are_refused(pipe, scale):
+    with pytest.raises(TypeError, match="`scale` must be a number"):
+        pipe(image=photograph(), scale=scale)
+
+
+def test_bad_arguments_are_refused_before_work_begins(pipe):
+    with pytest.raises(ValueError, match="`output_type` must be 'pil', 'np' or 'pt', got 'latent'"):
+        pipe(image=photograph(), output_type="latent")
+    with pytest.raises(ValueError, match="one entry for each of the 1 images, got 2"):
+        pipe(image=photograph(), generator=[seeded(), seeded()])
+    with pytest.raises(TypeError, match="must be a PIL image"):
+        pipe(image="photo.jpg")
+
+
+def test_an_upsampler_for_other_latents_is_refused(pipe):
+    upsampler = UPLiFTModel(**{**pipe.upsampler.config, "latent_space": "another"})
+    with pytest.raises(ValueError, match=r"trained for 'another' .* got 'test' .* latent_space='another'"):
+        UPLiFTSuperResolutionPipeline(vae=pipe.vae, upsampler=upsampler)
+    allowed = UPLiFTSuperResolutionPipeline(vae=pipe.vae, upsampler=upsampler, latent_space="another")
+    assert allowed.latent_space.channels == 48
+
+
+@pytest.mark.parametrize(("scale", "steps"), [(1, 0), (1.01, 1), (2, 1), (2.5, 2), (4, 2), (4.01, 3), (16, 4)])
+def test_steps_overshoot_to_the_next_power_of_two(scale, steps):
+    assert num_steps_for_scale(scale) == steps
+
+
+def test_latents_exist_at_powers_of_two_alone():
+    assert num_steps_for_scale(8, latent_output=True) == 3
+    with pytest.raises(ValueError, match="1, 2, 4, 8 or 16 where latents are asked for, got 1.5"):
+        num_steps_for_scale(1.5, latent_output=True)
+
+
+def test_sizes_are_rounded_to_whole_pixels():
+    assert scaled_size((3, 7), 1.37) == (4, 10)
+    assert scaled_size((1, 1), 1.2) == (1, 1)

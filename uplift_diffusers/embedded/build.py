@@ -1,0 +1,35 @@
+"""
+Put the trained autoencoder and upsampler together as the embedded bundle, in half precision.
+
+    python -m uplift_diffusers.embedded.build --vae runs/vae --upsampler runs/upsampler --output_dir runs/bundle
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from uplift_diffusers.models.autoencoder import AutoencoderLocal
+from uplift_diffusers.models.uplift import UPLiFTModel
+from uplift_diffusers.pipelines.super_resolution import UPLiFTSuperResolutionPipeline
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Load both, check that they fit, save the pipeline."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vae", required=True, help="Folder of the AutoencoderLocal.")
+    parser.add_argument("--upsampler", required=True, help="Folder of the UPLiFTModel.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder of the pipeline.")
+    options = parser.parse_args(arguments)
+
+    pipeline = UPLiFTSuperResolutionPipeline(
+        vae=AutoencoderLocal.from_pretrained(options.vae, dtype=torch.float16),
+        upsampler=UPLiFTModel.from_pretrained(options.upsampler, dtype=torch.float16),
+    )
+    pipeline.save_pretrained(options.output_dir)
+    size = sum(path.stat().st_size for path in options.output_dir.rglob("*") if path.is_file())
+    print(f"{options.output_dir}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
