@@ -8,11 +8,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = [
-    {"_version"},
+    {"_version", "registration"},
     {"functional", "scale", "images", "image_files"},
     {"models"},
     {"latent_space"},
-    {"tiling", "upscale_stage"},
+    {"tiling", "upscale_stage", "denoising"},
     {"pipelines", "data", "modular"},
     {"training"},
     {"embedded"},

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+from uplift_diffusers.data.image_folder import find_images
 from uplift_diffusers.embedded import embedded_bundle
 from uplift_diffusers.evaluation.methods import bicubic, latent_bilinear, super_resolution, vae_round_trip
 from uplift_diffusers.evaluation.super_resolution import evaluate, format_table
@@ -27,6 +28,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output_dir", type=Path, help="Where report.json and report.md go.")
     options = parser.parse_args(arguments)
 
+    try:
+        find_images(options.data_dir)
+    except FileNotFoundError as error:
+        print(error, file=sys.stderr)
+        return 1
+
     pipeline = UPLiFTSuperResolutionPipeline.from_pretrained(options.model)
     pipeline.set_progress_bar_config(disable=True)
     vae, space = pipeline.vae, pipeline.latent_space
@@ -38,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     try:
         report = evaluate(options.data_dir, methods, scales=tuple(options.scales), crop=options.crop)
-    except (FileNotFoundError, ValueError) as error:
+    except ValueError as error:
         print(error, file=sys.stderr)
         return 1
     table = format_table(report)

@@ -71,7 +71,10 @@ def load_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"`{path}` is not a whole safetensors file ({error}). Download it again.") from error
+        raise ValueError(
+            f"`{path}` is not a whole safetensors file ({error}). "
+            "Download it again; `force_download=True` replaces a file in the hub's cache."
+        ) from error
 
 
 def convert_state_dict(reference: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """UPLiFT: an encoder that runs once, one weight-shared 2x decoder applied step after step, the Local Attender."""
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -8,10 +9,19 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub.errors import HTTPError
 from torch import nn
 
 from uplift_diffusers.functional import NEIGHBORHOODS, local_attention, resample_nearest
 from uplift_diffusers.models.blocks import NORMS, ConvGroup, add_shared_channels
+from uplift_diffusers.models.conversion import (
+    VARIANTS,
+    check_state_dict,
+    convert_state_dict,
+    load_safetensors,
+    variant_from_name,
+)
+from uplift_diffusers.models.hub import CheckpointSource
 
 Generator = torch.Generator | list[torch.Generator] | None
 
@@ -237,6 +247,117 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
             else None
         )
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "UPLiFTModel":
+        """
+        Load a model as `ModelMixin.from_pretrained` does, or a published checkpoint as `from_single_file` does.
+
+        A published checkpoint is a folder or repository without `config.json` and with exactly one .safetensors file.
+        Which network it is follows from its name; `variant` is, as everywhere in diffusers, that of the weights.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a repository's "owner/name".
+            kwargs: those of `ModelMixin.from_pretrained`. Published checkpoints take `dtype` (or `torch_dtype`),
+                `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only` and `force_download`.
+        Returns:
+            The model, in evaluation mode.
+        Raises:
+            FileNotFoundError: there is neither a configuration nor a .safetensors file, or no such place.
+            ValueError: the published checkpoint has no known name, does not fit it or does not take an option.
+            OSError: as `from_single_file` and `ModelMixin.from_pretrained`.
+        """
+        options = dict(kwargs)
+        where = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
+        source = CheckpointSource(
+            pretrained_model_name_or_path, **{name: options.pop(name) for name in where if name in options}
+        )
+        config = cls.config_name
+        if not (source.is_known_to_lack(config) and not source.holds(config)):
+            try:
+                return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            except (OSError, HTTPError):
+                # Only now, so that an ordinary repository is asked nothing that diffusers would not ask.
+                if source.holds(config):
+                    raise
+        return cls._from_source(source, **_published_options(options))
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path_or_hub_id: str | os.PathLike,
+        *,
+        variant: str | None = None,
+        dtype: torch.dtype | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> "UPLiFTModel":
+        """
+        Load a checkpoint that the authors of the paper published. Every name and shape has to fit.
+
+        Args:
+            path_or_hub_id: a .safetensors file, a folder that holds one or a repository ("owner/name") that does.
+            variant: "sd15-vae", "dinov2-s14" or "dinov3-splus16"; by default what the file, folder or repository is
+                called, where it bears the name that the authors gave it.
+            dtype: of the weights, float32 by default.
+            subfolder: folder inside the folder or repository.
+            revision: branch, tag or commit of the repository.
+            cache_dir: the hub's cache, if not the usual one.
+            token: access token, or True for the stored one.
+            local_files_only: use what the cache holds and stay off the network.
+            force_download: download even what the cache holds.
+        Returns:
+            The model, in evaluation mode.
+        Raises:
+            TypeError: `dtype` is not a `torch.dtype`.
+            ValueError: no or unknown `variant`, several files, not safetensors, damaged, or another network's weights.
+            FileNotFoundError: no such file, folder, repository or revision, no .safetensors file in it, or offline
+                and not in the cache.
+            PermissionError: a gated repository.
+            ConnectionError: the hub does not answer, or the download broke off.
+        """
+        if variant is not None and variant not in VARIANTS:
+            raise ValueError(f"`variant` must be one of {tuple(VARIANTS)}, got {variant!r}.")
+        source = CheckpointSource(
+            path_or_hub_id,
+            subfolder=subfolder,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        return cls._from_source(source, variant=variant, dtype=dtype)
+
+    @classmethod
+    def _from_source(
+        cls, source: CheckpointSource, *, variant: str | None = None, dtype: torch.dtype | None = None
+    ) -> "UPLiFTModel":
+        dtype = torch.float32 if dtype is None else dtype
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"`dtype` must be a floating-point torch.dtype, got {dtype!r}.")
+        names = source.possible_names()
+        variant = variant or next(filter(None, map(variant_from_name, names)), None)
+        if variant is None:
+            raise ValueError(
+                f"`variant` must be given for `{source.location}`, whose name tells nothing of the network, got None. "
+                f"Call `{cls.__name__}.from_single_file` with one of {tuple(VARIANTS)}."
+            )
+
+        state_dict = convert_state_dict(load_safetensors(source.fetch()))
+        with torch.device("meta"):
+            model = cls(**VARIANTS[variant])
+        check_state_dict(state_dict, model.state_dict(), variant=variant)
+        for name, tensor in state_dict.items():
+            if tensor.is_floating_point():
+                state_dict[name] = tensor.to(dtype)  # read from the mapped file; no copy where the dtype fits
+        model.load_state_dict(state_dict, assign=True)
+        model.register_to_config(_name_or_path=source.location)
+        return model.eval()
+
     def forward(
         self,
         raw_latents: torch.Tensor,
@@ -344,6 +465,21 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
             )
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(f"`generator` must have one entry for each of the {batch} items, got {len(generator)}.")
+
+
+def _published_options(options: dict) -> dict:
+    """`dtype` of `from_pretrained`'s options; the others have to be left alone for a published checkpoint."""
+    options = {"low_cpu_mem_usage": True, **options}
+    del options["low_cpu_mem_usage"]  # always so
+    torch_dtype, dtype = options.pop("torch_dtype", None), options.pop("dtype", None)
+    neutral = {"use_safetensors": True}
+    for name, value in options.items():
+        if value is not None and value is not neutral.get(name, False):
+            raise ValueError(
+                f"`{name}` must be left out for a published checkpoint, got {value!r}. "
+                "Convert it first: load it, `save_pretrained` it to a folder and load that."
+            )
+    return {"dtype": torch_dtype if dtype is None else dtype}
 
 
 def _concatenate(*parts: torch.Tensor) -> torch.Tensor:

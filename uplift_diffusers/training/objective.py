@@ -13,7 +13,8 @@ class MultiDepthObjective(nn.Module):
     The sum over depths d and steps k of mean((step_k - latents of the image at that size)^2).
 
     For every depth d the model starts from the latents and the image at 1/2^d of the resolution and applies d steps.
-    With `pixel_weight`, each depth's last step is decoded too and compared with the image (L1 on [0, 1]).
+    With `pixel_weight`, the last step of one depth, drawn anew each time, is decoded too and compared with the image
+    (L1 on [0, 1]).
 
     Args:
         model: what is trained.
@@ -47,12 +48,14 @@ class MultiDepthObjective(nn.Module):
         """
         (B, 3, R, R) in [0, 1], R a multiple of spatial_factor * 2^max(depths) -> `loss` and its parts.
 
-        `loss_d<d>` are the latent terms of each depth, `pixel_d<d>` the L1 in decoded pixels.
+        `loss_d<d>` are the latent terms of each depth, `pixel` the L1 in decoded pixels.
         """
         pyramid = image_pyramid(images, max(self.depths))
         with torch.no_grad():
             targets = [self.space.encode(self.vae, level).float() for level in pyramid]
 
+        drawn = int(torch.randint(len(self.depths), (), generator=generator))
+        decoded_depth = self.depths[drawn] if self.pixel_weight else None
         losses = {}
         for depth in self.depths:
             noise = torch.randn(targets[depth].shape, generator=generator).to(targets[depth])
@@ -63,13 +66,11 @@ class MultiDepthObjective(nn.Module):
             losses[f"loss_d{depth}"] = sum(
                 F.mse_loss(step.float(), targets[depth - 1 - index]) for index, step in enumerate(steps)
             )
-            if self.pixel_weight:
+            if depth == decoded_depth:
                 # Not clamped: a gradient must flow back from values beyond the range.
                 decoded = self.vae.decode(steps[-1]).sample.float() / 2 + 0.5
-                losses[f"pixel_d{depth}"] = F.l1_loss(decoded, images)
-        losses["loss"] = sum(
-            value * (self.pixel_weight if name.startswith("pixel") else 1.0) for name, value in losses.items()
-        )
+                losses["pixel"] = F.l1_loss(decoded, images)
+        losses["loss"] = sum(value * (self.pixel_weight if name == "pixel" else 1.0) for name, value in losses.items())
         return losses
 
 

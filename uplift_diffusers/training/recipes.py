@@ -25,7 +25,7 @@ class UpsamplerTrainingConfig(TrainingConfig):
     use_ema: bool = option(False, "Keep an exponential moving average of the weights and save it as the result.")
     depths: tuple[int, ...] = option((1, 2, 3, 4), "Depths d: from 1/2^d of the resolution in d steps of 2x.")
     latent_noise: float = option(1.0, "Deviation of the noise added to the starting latents, in raw units.")
-    pixel_weight: float = option(0.0, "Weight of the L1 loss between the decoded last step and the image.")
+    pixel_weight: float = option(0.0, "Weight of the L1 loss between a decoded last step and the image.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,14 +59,15 @@ class EmbeddedTrainingConfig(UpsamplerTrainingConfig):
     random_crop: bool = option(True, "Random crops and flips; off: the whole picture's centre square, resized.")
     max_reduction: float = option(2.0, "Half of the random crops come from a picture reduced by up to this factor.")
     train_batch_size: int = option(4, "Images per process and micro-step.")
-    max_train_steps: int = option(8_000, "Optimiser steps.")
+    max_train_steps: int = option(4_800, "Optimiser steps.")
+    learning_rate: float = option(7e-4, "Peak learning rate of Adam.")
     lr_scheduler: str = option("cosine", "diffusers' schedule: constant, constant_with_warmup, linear, cosine, ...")
     lr_warmup_steps: int = option(200, "Optimiser steps over which the learning rate rises from zero.")
     use_ema: bool = option(True, "Keep an exponential moving average of the weights and save it as the result.")
     mixed_precision: str = option("bf16", "no, bf16 or fp16 (accelerate's autocast).")
     depths: tuple[int, ...] = option((1, 2), "Depths d: from 1/2^d of the resolution in d steps of 2x.")
     latent_noise: float = option(0.02, "Deviation of the noise added to the starting latents, in raw units.")
-    pixel_weight: float = option(4.0, "Weight of the L1 loss between the decoded last step and the image.")
+    pixel_weight: float = option(10.0, "Weight of the L1 loss between a decoded last step and the image.")
 
 
 RECIPES = {"sd15": UpsamplerTrainingConfig, "embedded": EmbeddedTrainingConfig}
