@@ -48,6 +48,13 @@ def test_exif_orientation_is_applied(tmp_path):
     assert (np.asarray(picture.to_pil()) == np.rot90(RGB, k=-1)).all()
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_exif_data_turn_nothing():
+    image = Image.fromarray(RGB)
+    image.info["exif"] = b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00"
+    assert (np.asarray(only(image).to_pil()) == RGB).all()
+
+
 def test_palette_and_its_transparency_are_resolved():
     opaque = Image.fromarray(RGB).quantize(16)
     assert only(opaque).mode == "RGB"
@@ -114,6 +121,7 @@ def test_lists_may_mix_sizes():
         (np.zeros((4, 4, 3), np.int64), ValueError, "uint8, uint16 or float, got int64"),
         (torch.zeros(4, 4), ValueError, r"\(C, H, W\) or \(B, C, H, W\)"),
         (Image.new("F", (3, 3)), ValueError, "mode F"),
+        (Image.fromarray(np.full((3, 3), 70000, np.int32)), ValueError, "16-bit values, got 70000 to 70000"),
     ],
 )
 def test_what_is_no_image_is_refused(image, error, message):

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
+
+from uplift_diffusers.image_files import turn_upright
 
 ImageInput = Image.Image | np.ndarray | torch.Tensor | list[Image.Image] | list[np.ndarray] | list[torch.Tensor]
 
@@ -98,9 +100,15 @@ def pad_to_multiple(image: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 def _from_pil(image: Image.Image) -> Picture:
-    image = ImageOps.exif_transpose(image)
+    image = turn_upright(image)
     if image.mode.startswith("I"):  # I, I;16, I;16B, ...: 16-bit greyscale; PIL's own conversion would clip it
-        return _from_array(np.asarray(image).astype(np.uint16))
+        values = np.asarray(image).astype(np.int64)
+        if values.size and not 0 <= values.min() <= values.max() <= 65535:
+            raise ValueError(
+                f"`image` of PIL mode {image.mode} must have 16-bit values, got {values.min()} to {values.max()}. "
+                "Pass an array in [0, 1]."
+            )
+        return _from_array(values.astype(np.uint16))
     if image.mode == "F":
         raise ValueError(
             "`image` must have integer pixels, got PIL mode F, whose range is unknown. Pass an array in [0, 1]."

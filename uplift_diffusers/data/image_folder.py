@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+from uplift_diffusers.image_files import INPUT_SUFFIXES, find_image_files
 
 
 def find_images(folder: str | Path) -> list[Path]:
@@ -16,9 +16,9 @@ def find_images(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"`{folder}` is not a folder.")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    paths = find_image_files(folder)
     if not paths:
-        raise FileNotFoundError(f"No images below `{folder}`. Known are: {', '.join(sorted(IMAGE_SUFFIXES))}.")
+        raise FileNotFoundError(f"No images below `{folder}`. Known are: {', '.join(sorted(INPUT_SUFFIXES))}.")
     return paths
 
 

@@ -1,0 +1,919 @@
+"""The command line, on real files, with a small pipeline that is saved first."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny
+from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin
+
+from tests.hub_server import HubServer
+from uplift_diffusers import AutoencoderLocal, UPLiFTModel, UPLiFTSuperResolutionPipeline, __version__, cli
+from uplift_diffusers.cli import main
+
+UPSAMPLER = {
+    "encoder_patch_size": 4,
+    "encoder_block_out_channels": (8, 8),
+    "decoder_channels": 8,
+    "refiner_layers": 0,  # leaves an average of neighbouring latents, so that the output shows the input
+    "noise_channels": 2,
+}
+
+ORIENTATION = ExifTags.Base.Orientation
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def make_vae():
+    torch.manual_seed(0)
+    vae = AutoencoderLocal(
+        latent_channels=8,
+        block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+    )
+    vae.fit_linear_code(F.interpolate(torch.rand(400, 3, 2, 2) * 2 - 1, size=(8, 8), mode="bilinear"))
+    return vae
+
+
+def make_upsampler(**config):
+    torch.manual_seed(1)
+    return UPLiFTModel(**{**UPSAMPLER, "latent_channels": 8, "latent_space": "uplift-embedded", **config})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Folder of a saved pipeline."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    UPLiFTSuperResolutionPipeline(vae=make_vae(), upsampler=make_upsampler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def upscale(model):
+    """Run the command in this process; returns its exit code."""
+
+    def run(*arguments, model=model):
+        return main(["upscale", *map(str, arguments), "--model", str(model), "--device", "cpu"])
+
+    return run
+
+
+def picture(width=32, height=24, seed=0):
+    """A smooth RGB image with one dark edge, at the left, so that turning and mirroring it can be told."""
+    noise = np.random.default_rng(seed).integers(60, 256, (3, 4, 3), dtype=np.uint8)
+    array = np.array(Image.fromarray(noise).resize((width, height), Image.BICUBIC))
+    array[:, : width // 4] //= 8
+    return Image.fromarray(array)
+
+
+def save(image, path, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+    return path
+
+
+def load(path):
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
+def difference(image, other):
+    """Mean absolute difference of two images of one size and mode, in 8-bit levels."""
+    assert (image.size, image.mode) == (other.size, other.mode)
+    return np.abs(np.asarray(image, dtype=float) - np.asarray(other, dtype=float)).mean()
+
+
+def files_below(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+
+
+def error_line(capsys):
+    """The one line that the command wrote to stderr, which is no traceback."""
+    output = capsys.readouterr()
+    assert output.out == ""
+    lines = output.err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def error_of_output(capsys):
+    return capsys.readouterr().err
+
+
+# One file
+
+
+@pytest.mark.parametrize("scale", ["1", "1.3", "2", "2.5", "4"])
+def test_output_has_round_scale_times_the_pixels(upscale, tmp_path, capsys, scale):
+    source = save(picture(37, 21), tmp_path / "photo.png")
+    assert upscale(source, "--output", tmp_path / "large.png", "--scale", scale) == 0
+    assert load(tmp_path / "large.png").size == (round(37 * float(scale)), round(21 * float(scale)))
+    output = capsys.readouterr()
+    assert output.out == "1 written\n"
+    assert output.err == ""
+
+
+def test_scale_is_two_by_default(upscale, tmp_path):
+    upscale(save(picture(10, 20), tmp_path / "photo.png"), "--output", tmp_path / "large.png")
+    assert load(tmp_path / "large.png").size == (20, 40)
+
+
+def test_output_shows_the_input(upscale, tmp_path):
+    source = save(picture(256, 192), tmp_path / "photo.png")
+    upscale(source, "--output", tmp_path / "large.png")
+    expected = load(source).resize((512, 384), Image.BICUBIC)
+    large = load(tmp_path / "large.png")
+    assert difference(large, expected) < 25
+    # Not any other way round.
+    for turn in (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180):
+        assert difference(large, expected.transpose(turn)) > 60
+
+
+@pytest.mark.parametrize(
+    ("name", "file_format"),
+    [
+        ("large.png", "PNG"),
+        ("large.jpg", "JPEG"),
+        ("large.JPEG", "JPEG"),
+        ("large.webp", "WEBP"),
+        ("large.tif", "TIFF"),
+        ("large.tiff", "TIFF"),
+        ("large.bmp", "BMP"),
+    ],
+)
+def test_suffix_of_the_output_picks_the_format(upscale, tmp_path, name, file_format):
+    source = save(picture(), tmp_path / "photo.png")
+    assert upscale(source, "--output", tmp_path / name) == 0
+    assert upscale(source, "--output", tmp_path / "lossless.png") == 0
+    large = load(tmp_path / name)
+    assert large.format == file_format
+    assert difference(large, load(tmp_path / "lossless.png")) < (6 if file_format in ("JPEG", "WEBP") else 1e-9)
+
+
+def test_jpeg_is_written_at_quality_95_without_chroma_subsampling(upscale, tmp_path):
+    source = save(picture(), tmp_path / "photo.png")
+    upscale(source, "--output", tmp_path / "large.jpg")
+    save(picture(), tmp_path / "expected.jpg", quality=95, subsampling=0)
+    large, expected = load(tmp_path / "large.jpg"), load(tmp_path / "expected.jpg")
+    assert large.quantization == expected.quantization
+    assert [component[1:3] for component in large.layer] == [(1, 1)] * 3
+
+
+def test_output_may_be_a_folder_that_exists_or_ends_in_a_separator(upscale, tmp_path):
+    source = save(picture(), tmp_path / "photo.jpg")
+    (tmp_path / "there").mkdir()
+    assert upscale(source, "--output", tmp_path / "there") == 0
+    assert upscale(source, "--output", f"{tmp_path}/new/below/") == 0
+    assert load(tmp_path / "there" / "photo.jpg").size == (64, 48)
+    assert load(tmp_path / "new" / "below" / "photo.jpg").size == (64, 48)
+
+
+@pytest.mark.parametrize("name", ["large", "large.gif", "large.heic"])
+def test_output_of_no_known_format_is_refused(upscale, tmp_path, capsys, name):
+    source = save(picture(), tmp_path / "photo.png")
+    assert upscale(source, "--output", tmp_path / name) == 2
+    line = error_line(capsys)
+    assert ".png, .jpg" in line
+    assert f"{tmp_path / name}/ for a new folder" in line
+    assert files_below(tmp_path) == ["photo.png"]
+
+
+def test_existing_output_of_a_single_file_is_kept_unless_told(upscale, tmp_path, capsys):
+    source = save(picture(), tmp_path / "photo.png")
+    target = tmp_path / "large.png"
+    target.write_bytes(b"precious")
+    assert upscale(source, "--output", target) == 2
+    assert error_line(capsys) == (f"uplift-diffusers upscale: error: {target} exists. Pass --overwrite to replace it.")
+    assert target.read_bytes() == b"precious"
+    assert upscale(source, "--output", target, "--overwrite") == 0
+    assert load(target).size == (64, 48)
+
+
+# Folders
+
+
+def test_folder_is_mirrored_and_bad_files_are_named_and_skipped(upscale, tmp_path, capsys):
+    photos, large = tmp_path / "photos", tmp_path / "large"
+    save(picture(16, 16), photos / "first.png")
+    save(picture(24, 16), photos / "deep" / "er" / "second.jpg")
+    save(picture(16, 24), photos / "deep" / "third.gif")
+    (photos / "deep" / "text.png").write_text("not pixels at all")
+    (photos / "empty.webp").touch()
+    whole = save(picture(200, 200), photos / "cut.jpg").read_bytes()
+    (photos / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    whole = save(picture(200, 200), photos / "cut.png").read_bytes()
+    (photos / "cut.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("1", (20_000, 20_000)).save(photos / "bomb.png")
+    Image.new("1", (10_001, 10_000)).save(photos / "large.tif", compression="group4")
+    (photos / "notes.txt").write_text("no image, and not called one")
+
+    assert upscale(photos, "--output", large) == 1
+    assert files_below(large) == ["deep/er/second.jpg", "deep/third.png", "first.png"]
+    assert load(large / "first.png").size == (32, 32)
+    assert load(large / "deep" / "er" / "second.jpg").size == (48, 32)
+    assert load(large / "deep" / "third.png").size == (32, 48)
+
+    output = capsys.readouterr()
+    assert output.out == "3 written, 6 skipped\n"
+    reasons = dict(line.split(": ", 1) for line in output.err.splitlines())
+    damaged = reasons.pop(str(photos / "cut.jpg")), reasons.pop(str(photos / "cut.png"))
+    assert all(reason.startswith("the image is damaged or cut off (") for reason in damaged)
+    assert "truncated" in damaged[0]
+    assert reasons == {
+        str(photos / "deep" / "text.png"): "not an image, or of a kind that Pillow does not read.",
+        str(photos / "empty.webp"): "the file is empty.",
+        str(photos / "bomb.png"): "larger than the limit of 100 megapixels.",
+        str(photos / "large.tif"): "larger than the limit of 100 megapixels.",
+    }
+
+
+def test_a_single_bad_file_is_exit_code_1(upscale, tmp_path, capsys):
+    (tmp_path / "photo.png").write_text("not pixels at all")
+    assert upscale(tmp_path / "photo.png", "--output", tmp_path / "large.png") == 1
+    output = capsys.readouterr()
+    assert output.out == "0 written, 1 skipped\n"
+    assert output.err.startswith(f"{tmp_path / 'photo.png'}: not an image")
+    assert files_below(tmp_path) == ["photo.png"]
+
+
+def test_interrupted_folder_is_taken_up_again(upscale, tmp_path, capsys):
+    photos, large = tmp_path / "photos", tmp_path / "large"
+    for name in ("a.png", "b.png", "c.png"):
+        save(picture(), photos / name)
+    large.mkdir()
+    (large / "b.png").write_bytes(b"precious")
+    assert upscale(photos, "--output", large) == 0
+    assert capsys.readouterr().out == "2 written, 1 already there\n"
+    assert (large / "b.png").read_bytes() == b"precious"
+    assert upscale(photos, "--output", large, "--overwrite") == 0
+    assert capsys.readouterr().out == "3 written\n"
+    assert load(large / "b.png").size == (64, 48)
+
+
+def test_a_finished_folder_needs_no_model(upscale, tmp_path, capsys):
+    save(picture(), tmp_path / "photos" / "a.png")
+    save(picture(), tmp_path / "large" / "a.png")
+    assert upscale(tmp_path / "photos", "--output", tmp_path / "large", model=tmp_path / "none") == 0
+    assert capsys.readouterr().out == "0 written, 1 already there\n"
+
+
+def test_output_folder_below_the_input_folder_is_no_input(upscale, tmp_path, capsys):
+    save(picture(), tmp_path / "a.png")
+    for written in (1, 0):
+        assert upscale(tmp_path, "--output", tmp_path / "large") == 0
+        assert capsys.readouterr().out.startswith(f"{written} written")
+    assert files_below(tmp_path) == ["a.png", "large/a.png"]
+
+
+def test_hidden_files_are_left_out(upscale, tmp_path, capsys):
+    save(picture(), tmp_path / "photos" / "a.png")
+    (tmp_path / "photos" / "._a.png").write_bytes(b"what macOS leaves on other disks")
+    save(picture(), tmp_path / "photos" / ".trash" / "b.png")
+    assert upscale(tmp_path / "photos", "--output", tmp_path / "large") == 0
+    assert files_below(tmp_path / "large") == ["a.png"]
+    assert capsys.readouterr().err == ""
+
+
+def test_several_inputs_go_into_one_folder(upscale, tmp_path, capsys):
+    first = save(picture(), tmp_path / "a.png")
+    save(picture(), tmp_path / "folder" / "deep" / "b.bmp")
+    # A file that is named twice is enlarged once.
+    assert upscale(first, tmp_path / "folder", first, "--output", tmp_path / "new" / "large") == 0
+    assert files_below(tmp_path / "new") == ["large/a.png", "large/deep/b.bmp"]
+    assert capsys.readouterr().out == "2 written\n"
+
+
+def test_a_folder_without_images_is_an_error(upscale, tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    assert upscale(tmp_path / "photos", "--output", tmp_path / "large") == 2
+    assert f"{tmp_path / 'photos'}: no images in this folder" in error_line(capsys)
+
+
+def test_a_missing_input_is_an_error(upscale, tmp_path, capsys):
+    source = save(picture(), tmp_path / "a.png")
+    assert upscale(source, tmp_path / "none.png", "--output", tmp_path / "large") == 2
+    assert f"{tmp_path / 'none.png'}: no such file or folder." in error_line(capsys)
+    assert not (tmp_path / "large").exists()
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_one_output_file_for_several_inputs_is_refused(upscale, tmp_path, capsys, existing):
+    sources = [save(picture(), tmp_path / name) for name in ("a.png", "b.png")]
+    if existing:
+        (tmp_path / "large.png").write_bytes(b"precious")
+    assert upscale(*sources, "--output", tmp_path / "large.png", "--overwrite") == 2
+    assert "--output must be a folder" in error_line(capsys)
+    assert (tmp_path / "large.png").exists() == existing
+
+
+def test_two_inputs_of_one_output_are_refused_before_any_work(upscale, tmp_path, capsys):
+    sources = [save(picture(), tmp_path / name) for name in ("one/a.png", "one/b.png", "two/a.png")]
+    assert upscale(*sources, "--output", tmp_path / "large") == 2
+    line = error_line(capsys)
+    assert all(str(path) in line for path in (sources[0], sources[2], tmp_path / "large" / "a.png"))
+    assert not (tmp_path / "large").exists()
+
+
+def test_inputs_that_differ_in_a_suffix_that_becomes_png_are_refused(upscale, tmp_path, capsys):
+    for name in ("a.gif", "a.png"):
+        save(picture(), tmp_path / "photos" / name)
+    assert upscale(tmp_path / "photos", "--output", tmp_path / "large") == 2
+    assert str(tmp_path / "large" / "a.png") in error_line(capsys)
+
+
+# Nothing is lost
+
+
+@pytest.mark.parametrize("flags", [(), ("--overwrite",)])
+@pytest.mark.parametrize("way", ["file", "folder", "same name in another folder's place", "hard link"])
+def test_an_input_is_never_replaced(upscale, tmp_path, capsys, way, flags):
+    source = save(picture(), tmp_path / "photos" / "a.png")
+    content = source.read_bytes()
+    arguments = {
+        "file": (source, "--output", source),
+        "folder": (tmp_path / "photos", "--output", tmp_path / "photos"),
+        "same name in another folder's place": (source, "--output", tmp_path / "photos" / ".." / "photos"),
+        "hard link": (source, "--output", tmp_path / "link.png"),
+    }[way]
+    if way == "hard link":
+        os.link(source, tmp_path / "link.png")
+    assert upscale(*arguments, *flags) == 2
+    assert "is an input and would be replaced" in error_line(capsys)
+    assert source.read_bytes() == content
+
+
+def test_a_folder_that_takes_an_outputs_name_is_an_error(upscale, tmp_path, capsys):
+    save(picture(), tmp_path / "photos" / "a.png")
+    (tmp_path / "large" / "a.png").mkdir(parents=True)
+    assert upscale(tmp_path / "photos", "--output", tmp_path / "large", "--overwrite") == 2
+    assert f"{tmp_path / 'large' / 'a.png'} is a folder" in error_line(capsys)
+
+
+def fail_half_way(monkeypatch, error):
+    """Let every image that is saved break off after some bytes, as it does on a full disk."""
+
+    def write_half(self, file, *args, **options):
+        file.write(b"half an image")
+        raise error
+
+    monkeypatch.setattr(Image.Image, "save", write_half)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(OSError(errno.ENOSPC, "No space left on device"), 1), (KeyboardInterrupt(), 130)]
+)
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_save_that_fails_leaves_no_half_file_and_keeps_the_old_one(
+    upscale, tmp_path, capsys, monkeypatch, error, code, existing
+):
+    source = save(picture(), tmp_path / "photo.png")
+    target = tmp_path / "large" / "photo.png"
+    target.parent.mkdir()
+    if existing:
+        target.write_bytes(b"precious")
+    fail_half_way(monkeypatch, error)
+    assert upscale(source, "--output", target, "--overwrite") == code
+    assert files_below(target.parent) == (["photo.png"] if existing else [])
+    assert not existing or target.read_bytes() == b"precious"
+    expected = f"{source}: No space left on device." if code == 1 else "Interrupted."
+    assert capsys.readouterr().err.startswith(expected)
+
+
+def test_output_that_cannot_be_written_is_found_before_the_model_is_loaded(upscale, tmp_path, capsys):
+    source = save(picture(), tmp_path / "photo.png")
+    (tmp_path / "file").write_text("a regular file")
+    for output in (tmp_path / "file" / "large.png", f"{tmp_path}/file/below/"):
+        assert upscale(source, "--output", output, model=tmp_path / "no-model") == 2
+        line = error_line(capsys)
+        assert "--output: cannot write into the folder" in line
+        assert str(tmp_path / "file") in line
+    assert upscale(tmp_path, "--output", tmp_path / "file", model=tmp_path / "no-model") == 2
+    assert "--output must be a folder, got the file" in error_line(capsys)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+def test_outputs_have_the_permissions_of_any_new_file(upscale, tmp_path):
+    source = save(picture(), tmp_path / "photo.png")
+    (tmp_path / "ordinary").touch()
+    upscale(source, "--output", tmp_path / "large.png")
+    assert (tmp_path / "large.png").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+def test_ctrl_c_between_files_keeps_what_is_written(upscale, tmp_path, capsys, monkeypatch):
+    for name in ("a.png", "b.png", "c.png"):
+        save(picture(), tmp_path / "photos" / name)
+    run, calls = UPLiFTSuperResolutionPipeline.__call__, []
+
+    def interrupted(self, *args, **options):
+        calls.append(options)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(UPLiFTSuperResolutionPipeline, "__call__", interrupted)
+    assert upscale(tmp_path / "photos", "--output", tmp_path / "large") == 130
+    assert error_line(capsys) == "Interrupted. The outputs written so far are whole."
+    assert files_below(tmp_path / "large") == ["a.png"]
+    assert load(tmp_path / "large" / "a.png").size == (64, 48)
+    assert upscale(tmp_path / "photos", "--output", tmp_path / "large") == 0
+    assert capsys.readouterr().out == "2 written, 1 already there\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to one process")
+def test_a_process_that_is_interrupted_leaves_whole_files_alone(model, tmp_path):
+    for number in range(300):
+        save(picture(128, 96), tmp_path / "photos" / f"{number:03}.png")
+    large = tmp_path / "large"
+    process = subprocess.Popen(
+        command("upscale", tmp_path / "photos", "--output", large, "--model", model, "--device", "cpu"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # pytest may have been started with SIGINT ignored, as shells do it for what runs in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while not list(large.glob("*.png")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert errors == "Interrupted. The outputs written so far are whole.\n"
+    assert output == ""
+    written = sorted(large.iterdir())
+    assert 1 <= len(written) < 300
+    assert all(path.suffix == ".png" and load(path).size == (256, 192) for path in written)
+
+
+# What becomes of a picture
+
+
+def exif_of_a_camera(orientation):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    exif[ExifTags.Base.Make] = "Camera works"
+    exif[ExifTags.Base.Copyright] = "Someone"
+    exif[ExifTags.IFD.Exif] = {
+        ExifTags.Base.DateTimeOriginal: "2026:01:02 03:04:05",
+        ExifTags.Base.ExposureTime: TiffImagePlugin.IFDRational(1, 100),
+        ExifTags.Base.ExifImageWidth: 32,
+        ExifTags.Base.ExifImageHeight: 24,
+    }
+    exif[ExifTags.IFD.GPSInfo] = {ExifTags.GPS.GPSLatitudeRef: "N", ExifTags.GPS.GPSLatitude: (1.0, 2.0, 3.0)}
+    return exif.tobytes()
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("target_suffix", ["same", "jpg", "tif"])
+def test_orientation_is_applied_once_and_other_exif_kept(upscale, tmp_path, suffix, target_suffix):
+    lossless = {"lossless": True} if suffix == "webp" else {}
+    source = save(picture(), tmp_path / f"photo.{suffix}", exif=exif_of_a_camera(6), **lossless)
+    target = tmp_path / f"large.{suffix if target_suffix == 'same' else target_suffix}"
+    assert upscale(source, "--output", target, "--scale", "1") == 0
+
+    large = load(target)
+    assert large.size == (24, 32)
+    assert difference(large, picture().transpose(Image.Transpose.ROTATE_270)) < 6  # 6: to be turned clockwise
+    exif = large.getexif()
+    assert ORIENTATION not in exif
+    assert ImageOps.exif_transpose(large).size == (24, 32)
+    assert exif[ExifTags.Base.Make] == "Camera works"
+    assert exif[ExifTags.Base.Copyright] == "Someone"
+    exposure = exif.get_ifd(ExifTags.IFD.Exif)
+    assert exposure == {ExifTags.Base.DateTimeOriginal: "2026:01:02 03:04:05", ExifTags.Base.ExposureTime: 0.01}
+    assert exif.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitude] == (1.0, 2.0, 3.0)
+
+
+def test_orientation_of_a_compressed_tiff_is_applied_once(upscale, tmp_path):
+    tags = {ORIENTATION: 3, ExifTags.Base.Make: "Camera works"}
+    source = save(picture(), tmp_path / "photo.tif", compression="tiff_lzw", tiffinfo=tags)
+    assert upscale(source, "--output", tmp_path / "large.tif", "--scale", "1") == 0
+    large = load(tmp_path / "large.tif")
+    assert difference(large, picture().transpose(Image.Transpose.ROTATE_180)) == 0
+    assert large.getexif().get(ORIENTATION, 1) == 1
+    assert large.getexif()[ExifTags.Base.Make] == "Camera works"
+
+
+def test_damaged_exif_costs_the_exif_and_not_the_image(upscale, tmp_path, capsys):
+    intact = exif_of_a_camera(6)
+    damaged = intact.replace(b"\x01\x0f\x00\x02", b"\x01\x0f\x00\x05")  # the maker's name, a fraction now
+    assert damaged != intact
+    source = save(picture(), tmp_path / "photo.png", exif=damaged)
+    assert upscale(source, "--output", tmp_path / "large.png", "--scale", "1") == 0
+    large = load(tmp_path / "large.png")
+    assert difference(large, picture().transpose(Image.Transpose.ROTATE_270)) == 0
+    assert not large.getexif()
+    assert error_of_output(capsys) == f"{source}: its EXIF data is damaged and is left out.\n"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_made_upright(upscale, tmp_path, orientation):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    source = save(picture(), tmp_path / "photo.png", exif=exif)
+    assert upscale(source, "--output", tmp_path / "large.png", "--scale", "1") == 0
+    assert difference(load(tmp_path / "large.png"), ImageOps.exif_transpose(load(source))) == 0
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_colour_profile_is_kept(upscale, tmp_path, suffix):
+    source = save(picture(), tmp_path / f"photo.{suffix}", icc_profile=SRGB)
+    assert upscale(source, "--output", tmp_path / f"large.{suffix}") == 0
+    assert load(tmp_path / f"large.{suffix}").info["icc_profile"] == SRGB
+
+
+def test_colour_profile_of_other_colours_is_left_out_and_told(upscale, tmp_path, capsys):
+    cmyk = SRGB[:16] + b"CMYK" + SRGB[20:]
+    source = save(picture().convert("CMYK"), tmp_path / "photo.jpg", icc_profile=cmyk)
+    assert upscale(source, "--output", tmp_path / "large.jpg") == 0
+    assert load(tmp_path / "large.jpg").mode == "RGB"
+    assert "icc_profile" not in load(tmp_path / "large.jpg").info
+    assert error_of_output(capsys) == f"{source}: its colour profile, CMYK, does not fit the output and is left out.\n"
+
+
+def test_grey_profile_is_kept_for_grey_and_not_written_into_a_webp_which_is_rgb(upscale, tmp_path):
+    grey = SRGB[:16] + b"GRAY" + SRGB[20:]
+    source = save(picture().convert("L"), tmp_path / "photo.png", icc_profile=grey)
+    for name in ("large.png", "large.jpg", "large.webp"):
+        assert upscale(source, "--output", tmp_path / name) == 0
+    assert load(tmp_path / "large.png").info["icc_profile"] == grey
+    assert load(tmp_path / "large.jpg").info["icc_profile"] == grey
+    assert "icc_profile" not in load(tmp_path / "large.webp").info
+
+
+def with_alpha(mode):
+    """`picture()`, opaque in its right half and transparent in its left one."""
+    image = picture().convert(mode)
+    alpha = Image.new("L", image.size, 0)
+    alpha.paste(255, (16, 0, 32, 24))
+    image.putalpha(alpha)
+    return image
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_alpha_is_kept(upscale, tmp_path, mode):
+    source = save(with_alpha(mode), tmp_path / "photo.png")
+    for name in ("large.png", "large.tif", "large.webp"):
+        assert upscale(source, "--output", tmp_path / name) == 0
+        large = load(tmp_path / name)
+        assert large.mode == (mode if "webp" not in name else "RGBA")
+        alpha = np.asarray(large.getchannel("A"))
+        assert alpha.shape == (48, 64)
+        assert alpha[:, :28].max() < 10
+        assert alpha[:, 36:].min() > 245
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "bmp"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_alpha_is_laid_on_white_where_the_format_has_none(upscale, tmp_path, suffix, mode):
+    source = save(with_alpha(mode), tmp_path / "photo.png")
+    assert upscale(source, "--output", tmp_path / f"large.{suffix}", "--scale", "1") == 0
+    large = load(tmp_path / f"large.{suffix}")
+    assert large.mode == mode.removesuffix("A")
+    expected = picture().convert(large.mode)
+    expected.paste("white", (0, 0, 16, 24))
+    assert difference(large, expected) < 3
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "expected"),
+    [
+        ("L", "photo.png", "L"),
+        ("L", "photo.jpg", "L"),
+        ("1", "photo.png", "L"),
+        ("P", "photo.png", "RGB"),
+        ("P", "photo.bmp", "RGB"),
+        ("CMYK", "photo.jpg", "RGB"),
+        ("YCbCr", "photo.jpg", "RGB"),
+    ],
+)
+def test_modes_come_back_as_grey_or_rgb(upscale, tmp_path, mode, name, expected):
+    source = save(picture().convert(mode), tmp_path / name)
+    assert upscale(source, "--output", tmp_path / f"large_{name}", "--scale", "1") == 0
+    large = load(tmp_path / f"large_{name}")
+    assert large.mode == expected
+    assert difference(large, load(source).convert(expected)) < 2
+
+
+def test_transparent_colour_of_a_palette_becomes_alpha(upscale, tmp_path):
+    image = picture().quantize(8)
+    image.putpalette([*image.getpalette()[: 8 * 3], 255, 0, 255])
+    image.paste(8, (0, 0, 16, 24))
+    source = save(image, tmp_path / "photo.png", transparency=8)
+    assert upscale(source, "--output", tmp_path / "large.png") == 0
+    alpha = np.asarray(load(tmp_path / "large.png").getchannel("A"))
+    assert alpha[:, :28].max() < 10
+    assert alpha[:, 36:].min() > 245
+
+
+def sixteen_bits():
+    return np.linspace(0, 65535, 24 * 32).round().astype(np.uint16).reshape(24, 32)
+
+
+@pytest.mark.parametrize("name", ["photo.png", "photo.tif", "photo.tiff"])
+def test_sixteen_bit_grey_stays_sixteen_bit(upscale, tmp_path, name):
+    source = save(Image.fromarray(sixteen_bits()), tmp_path / name)
+    assert upscale(source, "--output", tmp_path / "same" / name, "--scale", "1") == 0
+    same = load(tmp_path / "same" / name)
+    assert same.mode == "I;16"
+    assert np.array_equal(np.asarray(same), sixteen_bits())
+
+    assert upscale(source, "--output", tmp_path / "large" / name) == 0
+    large = load(tmp_path / "large" / name)
+    assert (large.mode, large.size) == ("I;16", (64, 48))
+    assert len(np.unique(np.asarray(large))) > 256  # 8 bits in 16 would have no more
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp", "bmp"])
+def test_sixteen_bit_grey_is_rounded_to_eight_where_the_format_has_no_more(upscale, tmp_path, suffix):
+    source = save(Image.fromarray(sixteen_bits()), tmp_path / "photo.png")
+    assert upscale(source, "--output", tmp_path / f"large.{suffix}", "--scale", "1") == 0
+    expected = Image.fromarray((sixteen_bits() / 65535 * 255).round().astype(np.uint8))
+    assert difference(load(tmp_path / f"large.{suffix}").convert("L"), expected) < 2
+
+
+def test_only_the_first_frame_is_enlarged_and_that_is_told(upscale, tmp_path, capsys):
+    frames = [picture(seed=seed).convert("P") for seed in (0, 1, 2)]
+    source = save(frames[0], tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert upscale(source, "--output", f"{tmp_path}/large/", "--scale", "1") == 0
+    large = load(tmp_path / "large" / "moving.png")
+    assert difference(large.convert("RGB"), frames[0].convert("RGB")) < 2
+    assert error_of_output(capsys) == f"{source}: only the first of 3 frames is enlarged.\n"
+
+
+@pytest.mark.parametrize(
+    ("size", "scale", "name", "reason"),
+    [
+        ((4_001, 4_000), "2", "a.png", "would be enlarged to 8002 x 8000, more than the limit of 64 megapixels"),
+        ((2_001, 2_000), "3", "a.png", "would be enlarged to 8004 x 8000, more than the limit of 64 megapixels"),
+        ((9_000, 1), "2", "a.webp", "the output of 18000 x 2 pixels has an edge over the 16383 of a .webp"),
+        ((33_000, 1), "2", "a.jpg", "the output of 66000 x 2 pixels has an edge over the 65500 of a .jpg"),
+    ],
+)
+def test_outputs_that_are_too_large_are_refused(upscale, tmp_path, capsys, size, scale, name, reason):
+    source = save(Image.new("1", size), tmp_path / "photo.png")
+    assert upscale(source, "--output", tmp_path / name, "--scale", scale) == 1
+    assert reason in error_of_output(capsys)
+    assert files_below(tmp_path) == ["photo.png"]
+
+
+# Seeds
+
+
+def test_a_file_has_the_same_bytes_alone_and_in_a_folder(upscale, tmp_path):
+    for seed, name in enumerate(("a.png", "b.png", "c.png")):
+        save(picture(40, 40, seed), tmp_path / "photos" / name)
+    assert upscale(tmp_path / "photos", "--output", tmp_path / "large", "--seed", "7") == 0
+    for name in ("a.png", "b.png", "c.png"):
+        assert upscale(tmp_path / "photos" / name, "--output", tmp_path / name, "--seed", "7") == 0
+        assert (tmp_path / name).read_bytes() == (tmp_path / "large" / name).read_bytes()
+
+
+def test_seed_is_0_by_default_and_another_one_gives_another_image(upscale, tmp_path):
+    source = save(picture(40, 40), tmp_path / "photo.png")
+    for name, flags in (("none", ()), ("again", ()), ("0", ("--seed", "0")), ("1", ("--seed", "1"))):
+        assert upscale(source, "--output", tmp_path / f"{name}.png", *flags) == 0
+    content = {name: (tmp_path / f"{name}.png").read_bytes() for name in ("none", "again", "0", "1")}
+    assert content["none"] == content["again"] == content["0"] != content["1"]
+
+
+# Errors of single files
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nGPU 0 has ..."), "out of memory."),
+        (MemoryError(), "out of memory."),
+        (RuntimeError("something in\nseveral lines"), "something in."),
+    ],
+)
+def test_a_file_that_fails_is_told_and_the_others_go_on(upscale, tmp_path, capsys, monkeypatch, error, reason):
+    for name in ("a.png", "b.png", "c.png"):
+        save(picture(33 if name == "b.png" else 32), tmp_path / "photos" / name)
+    run = UPLiFTSuperResolutionPipeline.__call__
+
+    def fail_at_width_33(self, image, **options):
+        if image.width == 33:
+            raise error
+        return run(self, image, **options)
+
+    monkeypatch.setattr(UPLiFTSuperResolutionPipeline, "__call__", fail_at_width_33)
+    assert upscale(tmp_path / "photos", "--output", tmp_path / "large") == 1
+    output = capsys.readouterr()
+    assert output.out == "2 written, 1 skipped\n"
+    assert output.err == f"{tmp_path / 'photos' / 'b.png'}: {reason}\n"
+    assert files_below(tmp_path / "large") == ["a.png", "c.png"]
+
+
+def test_a_programming_error_is_not_hidden(upscale, tmp_path, monkeypatch):
+    def fail(self, image, **options):
+        raise AttributeError("a bug")
+
+    monkeypatch.setattr(UPLiFTSuperResolutionPipeline, "__call__", fail)
+    with pytest.raises(AttributeError, match="a bug"):
+        upscale(save(picture(), tmp_path / "photo.png"), "--output", tmp_path / "large.png")
+
+
+# Models and devices
+
+
+def test_upsampler_and_vae_can_be_given_apart(upscale, model, tmp_path):
+    source = save(picture(), tmp_path / "photo.png")
+    assert upscale(source, "--output", tmp_path / "whole.png") == 0
+    expected = (tmp_path / "whole.png").read_bytes()
+    # A folder that is the VAE, and a pipeline that has one.
+    for number, vae in enumerate((model / "vae", model)):
+        target = tmp_path / f"{number}.png"
+        assert upscale(source, "--output", target, "--vae", vae, model=model / "upsampler") == 0
+        assert target.read_bytes() == expected
+
+
+def test_vae_of_diffusers_is_loaded_by_its_class_and_its_latents_declared(upscale, tmp_path, capsys):
+    torch.manual_seed(0)
+    AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        num_encoder_blocks=(1, 1, 1, 1),
+        num_decoder_blocks=(1, 1, 1, 1),
+    ).save_pretrained(tmp_path / "tiny")
+    make_upsampler(latent_channels=4, latent_space="sd15-vae").save_pretrained(tmp_path / "upsampler")
+    source = save(picture(), tmp_path / "photo.png")
+    arguments = (source, "--output", tmp_path / "large.png", "--vae", tmp_path / "tiny")
+    assert upscale(*arguments, model=tmp_path / "upsampler") == 2
+    assert "latent_space='sd15-vae'" in error_line(capsys)
+    assert upscale(*arguments, "--latent_space", "sd15-vae", model=tmp_path / "upsampler") == 0
+    assert load(tmp_path / "large.png").size == (64, 48)
+
+
+def test_vae_replaces_that_of_a_pipeline(upscale, model, tmp_path):
+    vae = make_vae()
+    torch.nn.init.zeros_(vae.linear_decoder.weight)
+    torch.nn.init.constant_(vae.linear_decoder.bias, 0.5)
+    vae.save_pretrained(tmp_path / "vae")
+    source = save(picture(), tmp_path / "photo.png")
+    assert upscale(source, "--output", tmp_path / "large.png", "--vae", tmp_path / "vae") == 0
+    assert np.unique(np.asarray(load(tmp_path / "large.png"))).tolist() == [191]  # (0.5 + 1) / 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "{model}/upsampler"), "If it is a UPLiFTModel, name a --vae."),
+        (("--model", "{tmp}/empty"), "If it is a UPLiFTModel, name a --vae."),
+        (("--model", "{tmp}/other"), "--model must be a UPLiFTSuperResolutionPipeline, got a OtherPipeline."),
+        (("--model", "{tmp}/broken"), "--model {tmp}/broken cannot be loaded: "),
+        (("--model", "{model}", "--vae", "{tmp}/none"), "--vae {tmp}/none cannot be loaded: "),
+        (("--model", "{model}/upsampler", "--vae", "{model}/upsampler"), "--vae {model}/upsampler cannot be loaded: "),
+        (("--model", "{model}/vae", "--vae", "{model}/vae"), "--model {model}/vae cannot be loaded: "),
+    ],
+)
+def test_what_cannot_be_loaded_is_said_in_one_line(model, tmp_path, capfd, arguments, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text(json.dumps({"_class_name": "OtherPipeline"}))
+    shutil.copytree(model, tmp_path / "broken")
+    weights = tmp_path / "broken" / "upsampler" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    source = save(picture(), tmp_path / "photo.png")
+    places = {"model": model, "tmp": tmp_path}
+    arguments = [argument.format(**places) for argument in arguments]
+    assert main(["upscale", str(source), "--output", str(tmp_path / "large.png"), *arguments]) == 2
+    errors = capfd.readouterr().err.splitlines()
+    assert message.format(**places) in errors[-1]
+    assert not any("Traceback" in line for line in errors)
+    assert not (tmp_path / "large.png").exists()
+
+
+def test_embedded_bundle_is_the_default_model(model, tmp_path, capsys, monkeypatch):
+    source = save(picture(), tmp_path / "photo.png")
+    monkeypatch.setattr(cli, "embedded_bundle", lambda: model)
+    assert main(["upscale", str(source), "--output", str(tmp_path / "large.png")]) == 0
+    assert load(tmp_path / "large.png").size == (64, 48)
+    capsys.readouterr()
+
+    monkeypatch.setattr(cli, "embedded_bundle", lambda: tmp_path / "not installed")
+    assert main(["upscale", str(source), "--output", str(tmp_path / "larger.png")]) == 2
+    assert "Name one with --model." in error_line(capsys)
+
+
+@pytest.mark.parametrize("device", ["quantum", "meta", "cuda:4096", "auto:1", ""])
+def test_a_device_that_is_not_there_is_an_error(model, tmp_path, capsys, device):
+    source = save(picture(), tmp_path / "photo.png")
+    code = main(
+        ["upscale", str(source), "--output", str(tmp_path / "a.png"), "--model", str(model), "--device", device]
+    )
+    assert code == 2
+    assert f"got {device!r}." in error_line(capsys)
+
+
+def test_hub_ids_are_fetched(model, tmp_path):
+    source = save(picture(), tmp_path / "photo.png")
+    with HubServer(tmp_path / "hub") as hub:
+        shutil.copytree(model / "upsampler", hub.folder("someone/upsampler"), dirs_exist_ok=True)
+        shutil.copytree(model, hub.folder("someone/pipeline"), dirs_exist_ok=True)
+        result = run_process(
+            *("upscale", source, "--output", tmp_path / "large.png", "--device", "cpu"),
+            *("--model", "someone/upsampler", "--vae", "someone/pipeline"),
+            environment={"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"},
+        )
+    assert result.returncode == 0, result.stderr
+    assert load(tmp_path / "large.png").size == (64, 48)
+
+
+# Arguments
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "uplift_diffusers", *map(str, arguments)]
+
+
+def run_process(*arguments, environment=None):
+    root = Path(cli.__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root), **(environment or {})}
+    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf", "0", "0.99", "-1", "16.01", "17", "abc", ""])
+def test_scales_out_of_range_are_refused(upscale, tmp_path, capsys, scale):
+    source = save(picture(), tmp_path / "photo.png")
+    assert upscale(source, "--output", tmp_path / "large.png", "--scale", scale) == 2
+    assert error_line(capsys) == (
+        f"uplift-diffusers upscale: error: argument --scale: must be a number from 1 to 16, got {scale!r}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "the following arguments are required: COMMAND"),
+        (("enlarge",), "invalid choice: 'enlarge'"),
+        (("upscale", "a.png"), "the following arguments are required: --output"),
+        (("upscale", "--output", "b.png"), "the following arguments are required: INPUT"),
+        (("upscale", "a.png", "--output", "b.png", "--seed", "-1"), "argument --seed: must be a whole number"),
+        (("upscale", "a.png", "--output", "b.png", "--seed", "1.5"), "argument --seed: must be a whole number"),
+        (("upscale", "a.png", "--output", "b.png", "--seed", str(2**63)), "argument --seed: must be a whole number"),
+        (("upscale", "a.png", "--output", "b.png", "--over"), "unrecognized arguments: --over"),
+    ],
+)
+def test_arguments_that_are_wrong_are_named_in_one_line(capsys, arguments, message):
+    assert main(list(arguments)) == 2
+    assert message in error_line(capsys)
+
+
+def test_version_and_usage_errors_of_the_process():
+    version = run_process("--version")
+    assert (version.returncode, version.stdout, version.stderr) == (0, f"uplift-diffusers {__version__}\n", "")
+    wrong = run_process("upscale", "a.png", "--output", "b.png", "--scale", "17")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr == (
+        "uplift-diffusers upscale: error: argument --scale: must be a number from 1 to 16, got '17'\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--version"], 0),
+        (["--help"], 0),
+        (["upscale", "--help"], 0),
+        (["upscale", "a.png", "--output", "b.png", "--scale", "17"], 2),
+        (["upscale", "not-there.png", "--output", "b.png"], 2),
+    ],
+)
+def test_help_and_mistakes_do_not_import_torch(arguments, code):
+    script = (
+        "import sys; from uplift_diffusers.cli import main; "
+        f"code = main({arguments!r}); "
+        "slow = {'torch', 'diffusers', 'transformers'} & set(sys.modules); "
+        "assert not slow, slow; sys.exit(code)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert result.returncode == code, result.stderr
+
+
+def test_help_states_the_limits_and_the_exit_codes(capsys):
+    from uplift_diffusers.image_files import MAX_INPUT_PIXELS, OUTPUT_FORMATS
+
+    assert main(["upscale", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"over {MAX_INPUT_PIXELS / 1e6:g} megapixels" in text
+    assert f"over {cli.MAX_OUTPUT_PIXELS / 1e6:g}." in text
+    assert all(f"\n  {code:<5}" in text for code in (0, 1, 2, 130))
+    assert all(suffix.removeprefix(".") in text for suffix in OUTPUT_FORMATS)
+    assert max(len(line) for line in text.split("INPUT and --output:")[1].splitlines()) <= 119

@@ -1,0 +1,410 @@
+"""Command line of the package: `uplift-diffusers upscale`."""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from uplift_diffusers._version import __version__
+from uplift_diffusers.embedded import embedded_bundle
+from uplift_diffusers.scale import MAX_SCALE, num_steps_for_scale, scaled_size
+
+# torch, diffusers and Pillow are imported where they are needed: --help and a mistyped flag have to answer at once.
+if TYPE_CHECKING:
+    import torch
+
+    from uplift_diffusers.latent_space import Autoencoder
+    from uplift_diffusers.pipelines.super_resolution import UPLiFTSuperResolutionPipeline
+
+MAX_OUTPUT_PIXELS = 64_000_000
+"""Pixels of the largest image that is made. An image is made in one piece: the embedded bundle's needs about 12 GB."""
+
+MAX_SEED = 2**63 - 1
+
+_UPSCALE_EPILOG = f"""\
+INPUT and --output:
+  One file goes to a file, whose suffix picks the format, or into a folder that exists or is written with a / at the
+  end. Several inputs, or a folder with all that is below it, go into a folder, which is created. File names and the
+  tree below an input folder are kept; what is hidden (.name) is left out. Outputs have the format of their input
+  where that is png, jpg, jpeg, webp, tif, tiff or bmp, and are png where it is gif or another one.
+
+What becomes of a picture:
+  Every output has round(scale * width) by round(scale * height) pixels. Greyscale, alpha and 16-bit greyscale (png,
+  tiff) are kept; 16-bit colour becomes 8-bit. Where the output has no alpha (jpg, bmp) the picture is laid on white.
+  jpg has quality 95 without chroma subsampling, webp quality 95, the others are lossless. The colour profile and what
+  EXIF says of the picture are kept, but the orientation is applied and its tag left out. Of an animation or a
+  document of several pages the first one is taken.
+
+  Inputs over 100 megapixels are refused, and so are outputs over {MAX_OUTPUT_PIXELS / 1e6:g}. A picture is made
+  at the next power of two of the scale and then reduced; it is the size that it is made at that counts.
+
+Running it again:
+  Inputs are never replaced. Existing outputs are kept: for a single file that is an error, of a folder or several
+  files the others are made. So the same command takes an interrupted job up again. Nothing is ever half-written.
+  The same input, seed, model, kind of device and versions give the same output, alone or in a folder.
+
+Exit code:
+  0    every output is written, or was there already
+  1    some inputs could not be enlarged; each is named on stderr, the other ones are done
+  2    nothing was begun: an argument is wrong, the output exists or cannot be written, the model does not load
+  130  interrupted by Ctrl-C
+
+Examples:
+  uplift-diffusers upscale photo.jpg --output large.png
+  uplift-diffusers upscale photo.jpg --output large/ --scale 3.5
+  uplift-diffusers upscale holiday/ --output holiday_4x --scale 4
+  uplift-diffusers upscale photo.jpg --output large.jpg --model UPLiFT-upsampler/uplift_sd1.5vae \\
+      --vae stable-diffusion-v1-5/stable-diffusion-v1-5
+"""
+
+
+class CommandError(Exception):
+    """What keeps a command from beginning and a person can put right: one line and the exit code 2."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One image file to enlarge."""
+
+    source: Path
+    target: Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line `arguments`, by default those of the process, and return its exit code."""
+    parser = _build_parser()
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as stop:  # after --help, --version and errors in the arguments
+        return stop.code or 0
+    try:
+        return options.run(options)
+    except CommandError as error:
+        print(f"{parser.prog} {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted. The outputs written so far are whole.", file=sys.stderr)
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage before it."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="uplift-diffusers",
+        description="Make images larger in latent space.",
+        epilog="uplift-diffusers COMMAND --help says more.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"uplift-diffusers {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_upscale(commands)
+    return parser
+
+
+def _add_upscale(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "upscale",
+        help="enlarge image files and folders of them",
+        description="Enlarge image files and folders of them.",
+        epilog=_UPSCALE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=upscale)
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="image file, or folder of them")
+    parser.add_argument("--output", required=True, metavar="PATH", help="file or folder to write")
+    parser.add_argument(
+        "--scale", type=_parse_scale, default=2.0, help=f"any number from 1 to {MAX_SCALE} (default: 2)"
+    )
+    parser.add_argument(
+        "--model",
+        metavar="DIR_OR_HUB_ID",
+        help="a saved UPLiFTSuperResolutionPipeline, or a UPLiFTModel, which needs --vae too (default: the small one "
+        "that comes with the package)",
+    )
+    parser.add_argument(
+        "--vae", metavar="DIR_OR_HUB_ID", help="a VAE, or a pipeline with a folder vae, instead of the model's own"
+    )
+    parser.add_argument(
+        "--latent_space",
+        metavar="NAME",
+        help="declares whose latents the VAE speaks, such as sd15-vae, where its configuration does not say so",
+    )
+    parser.add_argument(
+        "--seed", type=_parse_seed, default=0, metavar="N", help="seed of every image's noise (default: 0)"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps, ... (default: auto)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+
+
+def _parse_scale(text: str) -> float:
+    try:
+        scale = float(text)
+        num_steps_for_scale(scale)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number from 1 to {MAX_SCALE}, got {text!r}") from None
+    return scale
+
+
+def _parse_seed(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) <= MAX_SEED):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to {MAX_SEED}, got {text!r}")
+    return int(text)
+
+
+def upscale(options: argparse.Namespace) -> int:
+    """The command `upscale`; its `--help` is its contract."""
+    # 1. Everything that can be wrong is looked at before torch is imported, which takes seconds
+    tasks = plan_tasks(options.inputs, options.output)
+    waiting = tasks if options.overwrite else [task for task in tasks if not os.path.lexists(task.target)]
+    num_there = len(tasks) - len(waiting)
+    if num_there and not _is_batch(options.inputs):
+        raise CommandError(f"{tasks[0].target} exists. Pass --overwrite to replace it.")
+    if not waiting:
+        print(_summary(written=0, there=num_there, skipped=0))
+        return 0
+    _check_writable(waiting[0].target.parent if not _is_batch(options.inputs) else Path(options.output))
+
+    # 2. Load
+    device = _choose_device(options.device)
+    pipeline = _load_pipeline(options.model, options.vae, options.latent_space)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(device)
+
+    # 3. Enlarge, one file at a time
+    written = _upscale_files(waiting, pipeline, scale=options.scale, seed=options.seed)
+    print(_summary(written=written, there=num_there, skipped=len(waiting) - written))
+    return 0 if written == len(waiting) else 1
+
+
+def plan_tasks(inputs: list[str], output: str) -> list[Task]:
+    """
+    Which file goes where.
+
+    Args:
+        inputs: files and folders.
+        output: a file or a folder, as `upscale --help` says.
+    Raises:
+        CommandError: an input is missing, `output` is not of the right kind, two inputs would go to one output or an
+            output would replace an input.
+    """
+    from uplift_diffusers.image_files import INPUT_SUFFIXES, OUTPUT_FORMATS
+
+    for source in inputs:
+        if not os.path.exists(source):
+            raise CommandError(f"{source}: no such file or folder.")
+    known = ", ".join(OUTPUT_FORMATS)
+    target = Path(output)
+    is_folder = os.path.isdir(target) or output.endswith(("/", os.sep))
+    if not _is_batch(inputs) and not is_folder:
+        if target.suffix.lower() not in OUTPUT_FORMATS:
+            raise CommandError(
+                f"--output must end in {known} or be a folder, got {output}. Write {output}/ for a new folder."
+            )
+        tasks = [Task(Path(inputs[0]), target)]
+    else:
+        if not os.path.isdir(target) and os.path.lexists(target):
+            raise CommandError(f"--output must be a folder, got the file {output}.")
+        if not is_folder and target.suffix.lower() in INPUT_SUFFIXES:
+            raise CommandError(
+                f"--output must be a folder for several inputs or a folder, got {output}. "
+                f"Write {output}/ if a folder of that name is meant."
+            )
+        tasks = [task for source in inputs for task in _tasks_below(Path(source), target)]
+    _check_conflicts(tasks)
+    return list(dict.fromkeys(tasks))  # an input that was named twice
+
+
+def _tasks_below(source: Path, folder: Path) -> list[Task]:
+    from uplift_diffusers.image_files import INPUT_SUFFIXES, OUTPUT_FORMATS, find_image_files
+
+    if not os.path.isdir(source):
+        files, root = [source], source.parent
+    else:
+        inside_itself = folder.resolve() != source.resolve()  # an output folder below its input is no input
+        files, root = find_image_files(source, leave_out=folder if inside_itself else None), source
+        if not files:
+            raise CommandError(f"{source}: no images in this folder. Known are {', '.join(sorted(INPUT_SUFFIXES))}.")
+    targets = [folder / file.relative_to(root) for file in files]
+    return [
+        Task(file, target if target.suffix.lower() in OUTPUT_FORMATS else target.with_suffix(".png"))
+        for file, target in zip(files, targets, strict=True)
+    ]
+
+
+def _check_conflicts(tasks: list[Task]) -> None:
+    source_of = {}
+    for task in tasks:
+        other = source_of.setdefault(os.path.normcase(os.path.abspath(task.target)), task.source)
+        if other != task.source:
+            raise CommandError(f"{other} and {task.source} would both become {task.target}. Enlarge them one by one.")
+    inputs = {_identity(task.source) for task in tasks}
+    for task in tasks:
+        if os.path.isdir(task.target):
+            raise CommandError(f"{task.target} is a folder where an output would go. Name another --output.")
+        if os.path.exists(task.target) and _identity(task.target) in inputs:
+            raise CommandError(f"{task.target} is an input and would be replaced. Name another --output.")
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """The same for every name of a file: links to it, and capital letters where they do not matter."""
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino
+
+
+def _is_batch(inputs: list[str]) -> bool:
+    return len(inputs) > 1 or os.path.isdir(inputs[0])
+
+
+def _check_writable(folder: Path) -> None:
+    from uplift_diffusers.image_files import make_writable_folder
+
+    try:
+        make_writable_folder(folder)
+    except OSError as error:
+        raise CommandError(f"--output: cannot write into the folder {folder}: {_reason(error)}") from error
+
+
+def _choose_device(name: str) -> "torch.device":
+    import torch
+
+    if name == "auto":
+        available = (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
+        name = next((kind for kind, is_there in available if is_there), "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # "meta" is a device, but nothing can be computed there
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CommandError(f"--device must be auto, cpu or a device that PyTorch finds here, got {name!r}.") from error
+    return device
+
+
+def _load_pipeline(model: str | None, vae: str | None, latent_space: str | None) -> "UPLiFTSuperResolutionPipeline":
+    from diffusers import DiffusionPipeline
+    from diffusers.utils.logging import disable_progress_bar
+    from huggingface_hub.errors import HTTPError  # of the HTTP library, whichever it is
+
+    from uplift_diffusers.models.uplift import UPLiFTModel
+    from uplift_diffusers.pipelines.super_resolution import UPLiFTSuperResolutionPipeline
+
+    expected = (OSError, ValueError, TypeError, RuntimeError, ImportError, HTTPError)
+    disable_progress_bar()
+    if model is None:
+        model = str(embedded_bundle())
+        if not os.path.isdir(model):
+            raise CommandError("the model that comes with the package is not installed. Name one with --model.")
+
+    try:
+        components = {"vae": _load_vae(vae)} if vae is not None else {}
+    except expected as error:
+        raise CommandError(f"--vae {vae} cannot be loaded: {_reason(error)}") from error
+    try:
+        config = DiffusionPipeline.load_config(model)
+    except expected as error:
+        if vae is None and not os.path.exists(model):
+            raise CommandError(
+                f"--model {model} cannot be loaded as a pipeline: {_reason(error)} A UPLiFTModel needs --vae."
+            ) from error
+        if vae is None:
+            raise CommandError(f"--model {model} is not a pipeline. If it is a UPLiFTModel, name a --vae.") from error
+        config = None
+    if config is not None and not {"vae", "upsampler"} <= config.keys():
+        raise CommandError(f"--model must be a UPLiFTSuperResolutionPipeline, got a {config.get('_class_name')}.")
+    try:
+        if config is None:
+            upsampler = UPLiFTModel.from_pretrained(model)
+            return UPLiFTSuperResolutionPipeline(**components, upsampler=upsampler, latent_space=latent_space)
+        if latent_space is not None:
+            components["latent_space"] = latent_space
+        return UPLiFTSuperResolutionPipeline.from_pretrained(model, **components)
+    except expected as error:
+        raise CommandError(f"--model {model} cannot be loaded: {_reason(error)}") from error
+
+
+def _load_vae(path: str) -> "Autoencoder":
+    """A VAE of any class that `LatentSpace` knows, or the one in the folder `vae` of a pipeline."""
+    from diffusers import AutoModel
+
+    from uplift_diffusers.models.autoencoder import AutoencoderLocal
+
+    try:
+        config, subfolder = AutoencoderLocal.load_config(path), None
+    except OSError:
+        config, subfolder = AutoencoderLocal.load_config(path, subfolder="vae"), "vae"
+    kind = AutoencoderLocal if config.get("_class_name") == AutoencoderLocal.__name__ else AutoModel
+    return kind.from_pretrained(path, subfolder=subfolder)
+
+
+def _upscale_files(tasks: list[Task], pipeline: "UPLiFTSuperResolutionPipeline", *, scale: float, seed: int) -> int:
+    """Work through `tasks`, tell of each that fails, and return how many are written."""
+    from tqdm import tqdm
+
+    written = 0
+    with tqdm(tasks, unit="file", disable=None, dynamic_ncols=True) as progress:  # None: only in a terminal
+        for task in progress:
+            try:
+                losses = _upscale_file(task, pipeline, scale=scale, seed=seed)
+            except (OSError, ValueError, RuntimeError, MemoryError) as error:
+                tqdm.write(f"{task.source}: {_reason(error)}", file=sys.stderr)
+                continue
+            written += 1
+            for loss in losses:
+                tqdm.write(f"{task.source}: {loss}", file=sys.stderr)
+    return written
+
+
+def _upscale_file(
+    task: Task, pipeline: "UPLiFTSuperResolutionPipeline", *, scale: float, seed: int
+) -> tuple[str, ...]:
+    """Enlarge one file and return what it lost on the way, in sentences."""
+    import torch
+
+    from uplift_diffusers.image_files import open_image, save_image
+
+    opened = open_image(task.source)
+    _check_output_size(opened.image.size, scale, task.target.suffix)
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same noise on every device
+    enlarged = pipeline(image=opened.image, scale=scale, generator=generator).images[0]
+    task.target.parent.mkdir(parents=True, exist_ok=True)
+    save_image(enlarged, task.target, metadata=opened.metadata)
+    return opened.losses
+
+
+def _check_output_size(size: tuple[int, int], scale: float, suffix: str) -> None:
+    from uplift_diffusers.image_files import MAX_EDGES, OUTPUT_FORMATS
+
+    num_steps = num_steps_for_scale(scale)
+    width, height = (edge * 2**num_steps for edge in size)
+    if num_steps and width * height > MAX_OUTPUT_PIXELS:
+        raise ValueError(
+            f"{size[0]} x {size[1]} pixels would be enlarged to {width} x {height}, "
+            f"more than the limit of {MAX_OUTPUT_PIXELS / 1e6:g} megapixels."
+        )
+    width, height = scaled_size(size, scale)
+    max_edge = MAX_EDGES.get(OUTPUT_FORMATS[suffix.lower()], max(width, height))
+    if max(width, height) > max_edge:
+        raise ValueError(f"the output of {width} x {height} pixels has an edge over the {max_edge} of a {suffix}.")
+
+
+def _reason(error: Exception) -> str:
+    """One sentence on what went wrong."""
+    text = (error.strerror if isinstance(error, OSError) and error.strerror else str(error)).strip()
+    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
+        return "out of memory."
+    line = text.splitlines()[0].strip() if text else type(error).__name__
+    return line if line.endswith((".", "!", "?")) else f"{line}."
+
+
+def _summary(*, written: int, there: int, skipped: int) -> str:
+    counts = ((written, "written"), (there, "already there"), (skipped, "skipped"))
+    return ", ".join(f"{count} {what}" for count, what in counts if count or what == "written")
