@@ -4,11 +4,11 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 
-from uplift_diffusers.images import ImageInput, read_pictures, resize
+from uplift_diffusers.images import ImageInput, read_pictures
 from uplift_diffusers.latent_space import LatentSpace
 from uplift_diffusers.models.autoencoder import AutoencoderLocal
 from uplift_diffusers.models.uplift import UPLiFTModel
-from uplift_diffusers.scale import num_steps_for_scale, scaled_size
+from uplift_diffusers.upscale_stage import check_generator, check_request, decode_to_scale, upscale_raw_latents
 
 
 class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
@@ -40,6 +40,7 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "vae->upsampler"
+    _exclude_from_cpu_offload = ["upsampler"]  # noqa: RUF012 - a list, as diffusers has it
 
     def __init__(
         self,
@@ -48,11 +49,15 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
         latent_space: str | None = None,
     ):
         super().__init__()
-        self.latent_space = LatentSpace.of(vae, latent_space)
-        self.latent_space.check_upsampler(upsampler)
+        LatentSpace.of(vae, latent_space).check_upsampler(upsampler)
         self.register_modules(vae=vae, upsampler=upsampler)
         self.register_to_config(latent_space=latent_space)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.latent_space.spatial_factor, do_normalize=False)
+        self.image_processor = VaeImageProcessor(do_normalize=False)
+
+    @property
+    def latent_space(self) -> LatentSpace:
+        """The latent space of the VAE that the pipeline has now."""
+        return LatentSpace.of(self.vae, self.config.latent_space)
 
     @torch.no_grad()
     def __call__(
@@ -61,6 +66,7 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
         image: ImageInput | None = None,
         scale: float = 2,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        adain_factor: float = 0.0,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
@@ -75,6 +81,9 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
             scale (`float`): from 1 to 16; 1, 2, 4, 8 or 16 for `output_type="latent"`. Between powers of two the
                 image is made with the next larger one and reduced.
             generator: one, or one for each item, which makes an item's result the same alone and in a batch.
+            adain_factor (`float`): from 0 to 1: how far to move mean and standard deviation of every channel of the
+                upscaled latents towards those of the given ones, against a shift of colour or contrast. See
+                [`~uplift_diffusers.functional.match_channel_statistics`].
             output_type (`str`): `"pil"`; `"np"`, float32 (B, H, W, 3) in [0, 1]; `"pt"`, float32 (B, 3, H, W) in
                 [0, 1]; or `"latent"`, the large latents, scaled.
             return_dict (`bool`): return an [`ImagePipelineOutput`] instead of a tuple.
@@ -85,9 +94,8 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
         """
         # 1. Check inputs
         space, device = self.latent_space, self._execution_device
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
-        num_steps = num_steps_for_scale(scale, latent_output=output_type == "latent")
+        space.check_upsampler(self.upsampler)
+        num_steps = check_request(scale=scale, adain_factor=adain_factor, output_type=output_type)
         guide = None if image is None else self._stack_guides(image)
         self._check_inputs(latents, guide, generator)
 
@@ -102,16 +110,22 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
         height, width = raw_latents.shape[2] * space.spatial_factor, raw_latents.shape[3] * space.spatial_factor
 
         # 3. Upsample
-        if num_steps > 0:
-            raw_latents = self.upsampler(
-                raw_latents.to(self.upsampler.dtype), image=guide.to(device), num_steps=num_steps, generator=generator
-            ).sample  # (B, C, 2**n * h, 2**n * w)
+        raw_latents = upscale_raw_latents(
+            raw_latents,
+            guide=guide,
+            upsampler=self.upsampler,
+            num_steps=num_steps,
+            generator=generator,
+            adain_factor=adain_factor,
+        )  # (B, C, 2**n * h, 2**n * w)
 
         # 4. Decode
         if output_type == "latent":
             images = space.scale(raw_latents)
         else:
-            images = resize(space.decode(self.vae, raw_latents), scaled_size((height, width), scale))
+            images = decode_to_scale(
+                raw_latents, space=space, vae=self.vae, size=(height, width), num_steps=num_steps, scale=scale
+            )
             images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -130,13 +144,14 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
         guide: torch.Tensor | None,
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> None:
-        factor = self.latent_space.spatial_factor
+        space = self.latent_space
+        factor = space.spatial_factor
         if latents is None and guide is None:
             raise ValueError("Either `latents` or `image` must be given, got neither.")
         if latents is not None:
             if not isinstance(latents, torch.Tensor):
                 raise TypeError(f"`latents` must be a tensor, got {type(latents).__name__}.")
-            self.latent_space.check_latents(latents)
+            space.check_latents(latents)
         if guide is not None:
             size = tuple(guide.shape[2:])
             if latents is None and (size[0] % factor or size[1] % factor):
@@ -150,6 +165,4 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
                     f"`image` must be {len(latents)} images of {expected} (height, width) pixels for `latents` of "
                     f"{tuple(latents.shape)}, got {len(guide)} of {size}."
                 )
-        batch = len(latents) if latents is not None else len(guide)
-        if isinstance(generator, list) and len(generator) != batch:
-            raise ValueError(f"`generator` must have one entry for each of the {batch} items, got {len(generator)}.")
+        check_generator(generator, len(guide if latents is None else latents))

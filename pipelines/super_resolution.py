@@ -5,11 +5,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ImagePipelineOutput
 
-from uplift_diffusers.images import ImageInput, Picture, pad_to_multiple, read_pictures, resize
+from uplift_diffusers.images import ImageInput, Picture, pad_to_multiple, read_pictures
 from uplift_diffusers.latent_space import LatentSpace
 from uplift_diffusers.models.autoencoder import AutoencoderLocal
 from uplift_diffusers.models.uplift import UPLiFTModel
-from uplift_diffusers.scale import num_steps_for_scale, scaled_size
+from uplift_diffusers.scale import num_steps_for_scale
+from uplift_diffusers.upscale_stage import check_generator, decode_to_scale, upscale_raw_latents
 
 
 class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
@@ -36,6 +37,7 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "vae->upsampler"
+    _exclude_from_cpu_offload = ["upsampler"]  # noqa: RUF012 - a list, as diffusers has it
 
     def __init__(
         self,
@@ -44,10 +46,14 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
         latent_space: str | None = None,
     ):
         super().__init__()
-        self.latent_space = LatentSpace.of(vae, latent_space)
-        self.latent_space.check_upsampler(upsampler)
+        LatentSpace.of(vae, latent_space).check_upsampler(upsampler)
         self.register_modules(vae=vae, upsampler=upsampler)
         self.register_to_config(latent_space=latent_space)
+
+    @property
+    def latent_space(self) -> LatentSpace:
+        """The latent space of the VAE that the pipeline has now."""
+        return LatentSpace.of(self.vae, self.config.latent_space)
 
     @torch.no_grad()
     def __call__(
@@ -78,14 +84,12 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
             TypeError, ValueError: an argument that is not as above, before any work is done.
         """
         # 1. Check inputs
+        self.latent_space.check_upsampler(self.upsampler)
         num_steps = num_steps_for_scale(scale)
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"`output_type` must be 'pil', 'np' or 'pt', got {output_type!r}.")
         pictures = read_pictures(image)
-        if isinstance(generator, list) and len(generator) != len(pictures):
-            raise ValueError(
-                f"`generator` must have one entry for each of the {len(pictures)} images, got {len(generator)}."
-            )
+        check_generator(generator, len(pictures), noun="images")
         generators = generator if isinstance(generator, list) else [generator] * len(pictures)
 
         # 2. Enlarge, one picture at a time: sizes differ, and a picture's result must not depend on its neighbours
@@ -109,16 +113,18 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
 
     def _enlarge(self, picture: Picture, scale: float, num_steps: int, generator: torch.Generator | None) -> Picture:
         device, space = self._execution_device, self.latent_space
-        target = scaled_size((picture.height, picture.width), scale)
+        size = (picture.height, picture.width)
         guide = pad_to_multiple(picture.color[None].to(device), space.spatial_factor)  # (1, 3, f*h, f*w)
 
-        raw_latents = space.encode(self.vae, guide).to(self.upsampler.dtype)  # (1, C, h, w)
-        raw_latents = self.upsampler(raw_latents, image=guide, num_steps=num_steps, generator=generator).sample
-        color = space.decode(self.vae, raw_latents)  # (1, 3, 2**n * f*h, 2**n * f*w)
+        raw_latents = space.encode(self.vae, guide)  # (1, C, h, w)
+        raw_latents = upscale_raw_latents(
+            raw_latents, guide=guide, upsampler=self.upsampler, num_steps=num_steps, generator=generator
+        )  # (1, C, 2**n * h, 2**n * w)
+        color = decode_to_scale(raw_latents, space=space, vae=self.vae, size=size, num_steps=num_steps, scale=scale)[
+            0
+        ].cpu()
 
-        color = color[..., : picture.height * 2**num_steps, : picture.width * 2**num_steps]
-        color = resize(color, target)[0].cpu()
         alpha = None
         if picture.alpha is not None:
-            alpha = F.interpolate(picture.alpha[None], size=target, mode="bicubic").clamp(0, 1)[0]
+            alpha = F.interpolate(picture.alpha[None], size=color.shape[1:], mode="bicubic").clamp(0, 1)[0]
         return Picture(color, alpha, picture.mode)

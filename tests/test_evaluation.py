@@ -81,7 +81,16 @@ def test_crops_larger_than_a_photograph_are_refused(photographs):
 
 
 def test_command_measures_the_embedded_bundle_and_writes_the_report(photographs, tmp_path, capsys):
-    arguments = ["--data_dir", str(photographs), "--crop", "64", "--scales", "2", "--output_dir", str(tmp_path / "out")]
+    arguments = [
+        "--data_dir",
+        str(photographs),
+        "--crop",
+        "64",
+        "--scales",
+        "2",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     assert cli.main(arguments) == 0
     assert "UPLiFT closes" in capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "report.json").read_text())

@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 
 from uplift_diffusers._version import __version__
+from uplift_diffusers.registration import register_with_diffusers
 
 _ROOT = Path(__file__).resolve().parent.parent
 if (_ROOT / "pyproject.toml").is_file() and str(_ROOT) not in __path__:
@@ -14,12 +15,21 @@ _EXPORTS = {
     "AutoencoderLocal": "uplift_diffusers.models.autoencoder",
     "LatentSpace": "uplift_diffusers.latent_space",
     "UPLiFTLatentUpscalePipeline": "uplift_diffusers.pipelines.latent_upscale",
+    "UPLiFTLatentUpscaleStep": "uplift_diffusers.modular",
     "UPLiFTModel": "uplift_diffusers.models.uplift",
     "UPLiFTSuperResolutionPipeline": "uplift_diffusers.pipelines.super_resolution",
+    "UPLiFTTextToImagePipeline": "uplift_diffusers.pipelines.text_to_image",
+    "UPLiFTTextToImageXLPipeline": "uplift_diffusers.pipelines.text_to_image_xl",
     "embedded_bundle": "uplift_diffusers.embedded",
 }
 
 __all__ = ["__version__", *_EXPORTS]
+
+register_with_diffusers(
+    __name__,
+    pipelines=tuple(name for name in _EXPORTS if name.endswith("Pipeline")),
+    models=("AutoencoderLocal", "UPLiFTModel"),
+)
 
 
 def __getattr__(name: str):

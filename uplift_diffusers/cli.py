@@ -15,7 +15,6 @@ from uplift_diffusers.scale import MAX_SCALE, num_steps_for_scale, scaled_size
 if TYPE_CHECKING:
     import torch
 
-    from uplift_diffusers.latent_space import Autoencoder
     from uplift_diffusers.pipelines.super_resolution import UPLiFTSuperResolutionPipeline
 
 MAX_OUTPUT_PIXELS = 64_000_000
@@ -294,6 +293,7 @@ def _load_pipeline(model: str | None, vae: str | None, latent_space: str | None)
     from diffusers.utils.logging import disable_progress_bar
     from huggingface_hub.errors import HTTPError  # of the HTTP library, whichever it is
 
+    from uplift_diffusers.latent_space import load_vae
     from uplift_diffusers.models.uplift import UPLiFTModel
     from uplift_diffusers.pipelines.super_resolution import UPLiFTSuperResolutionPipeline
 
@@ -305,7 +305,7 @@ def _load_pipeline(model: str | None, vae: str | None, latent_space: str | None)
             raise CommandError("the model that comes with the package is not installed. Name one with --model.")
 
     try:
-        components = {"vae": _load_vae(vae)} if vae is not None else {}
+        components = {"vae": load_vae(vae)} if vae is not None else {}
     except expected as error:
         raise CommandError(f"--vae {vae} cannot be loaded: {_reason(error)}") from error
     try:
@@ -329,20 +329,6 @@ def _load_pipeline(model: str | None, vae: str | None, latent_space: str | None)
         return UPLiFTSuperResolutionPipeline.from_pretrained(model, **components)
     except expected as error:
         raise CommandError(f"--model {model} cannot be loaded: {_reason(error)}") from error
-
-
-def _load_vae(path: str) -> "Autoencoder":
-    """A VAE of any class that `LatentSpace` knows, or the one in the folder `vae` of a pipeline."""
-    from diffusers import AutoModel
-
-    from uplift_diffusers.models.autoencoder import AutoencoderLocal
-
-    try:
-        config, subfolder = AutoencoderLocal.load_config(path), None
-    except OSError:
-        config, subfolder = AutoencoderLocal.load_config(path, subfolder="vae"), "vae"
-    kind = AutoencoderLocal if config.get("_class_name") == AutoencoderLocal.__name__ else AutoModel
-    return kind.from_pretrained(path, subfolder=subfolder)
 
 
 def _upscale_files(tasks: list[Task], pipeline: "UPLiFTSuperResolutionPipeline", *, scale: float, seed: int) -> int:

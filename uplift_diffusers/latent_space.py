@@ -1,9 +1,13 @@
 """What a VAE's latents are, and encoding and decoding through any of diffusers' image autoencoders."""
 
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, ModelMixin
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, AutoModel, ModelMixin
 
 from uplift_diffusers.models.autoencoder import AutoencoderLocal
 
@@ -43,12 +47,18 @@ class LatentSpace:
                 fine-tuned one, or an AutoencoderTiny, whose config does not say whose latents it speaks.
         Raises:
             TypeError: another kind of VAE.
-            ValueError: the VAE contradicts the space it is declared to be of.
+            ValueError: the VAE contradicts the space it is declared to be of, or normalizes its latents channel by
+                channel.
         """
         if not isinstance(vae, Autoencoder):
             raise TypeError(
                 "`vae` must be an AutoencoderKL, AutoencoderTiny, AutoencoderDC or AutoencoderLocal, "
                 f"got {type(vae).__name__}."
+            )
+        if getattr(vae.config, "latents_mean", None) is not None:
+            raise ValueError(
+                "`vae` must scale its latents by one factor, got one with `latents_mean` and `latents_std` for each "
+                "channel, which no latent space here has."
             )
         channels, spatial_factor = vae.config.latent_channels, _spatial_factor(vae)
         scaling_factor = vae.config.scaling_factor
@@ -77,21 +87,61 @@ class LatentSpace:
         """
         Encode (B, 3, H, W) in [0, 1], H and W multiples of `spatial_factor`, to raw latents (B, C, h, w).
 
-        A KL autoencoder gives its posterior's mode: nothing here is random.
+        A KL autoencoder gives its posterior's mode: nothing here is random. What is said of float16 at `decode` holds.
         """
-        output = vae.encode((image * 2 - 1).to(vae.dtype))
-        if isinstance(vae, AutoencoderKL):
-            return output.latent_dist.mode()
-        if isinstance(vae, AutoencoderTiny):
-            return self.unscale(output.latents)
-        return output.latent
+
+        def encode(sample: torch.Tensor) -> torch.Tensor:
+            output = vae.encode(sample)
+            if isinstance(vae, AutoencoderKL):
+                return output.latent_dist.mode()
+            if isinstance(vae, AutoencoderTiny):
+                return self.unscale(output.latents)
+            return output.latent
+
+        return self._run_finite(vae, encode, image * 2 - 1)
 
     def decode(self, vae: Autoencoder, raw_latents: torch.Tensor) -> torch.Tensor:
-        """Decode raw latents (B, C, h, w) to float32 images (B, 3, H, W) in [0, 1]."""
+        """
+        Decode raw latents (B, C, h, w) to float32 images (B, 3, H, W) in [0, 1].
+
+        A float16 VAE whose output is not finite runs again in float32, with a warning, and is float16 again when this
+        returns. The SDXL VAE runs in float32 at once where its config has `force_upcast`, as in diffusers' pipelines.
+        For other VAEs the flag says nothing, for it is AutoencoderKL's default.
+
+        Args:
+            vae: of this latent space, or an AutoencoderTiny that stands in for it, whose own scale is not looked at.
+        Raises:
+            ValueError: the output is not finite, in float32 either.
+        """
         if isinstance(vae, AutoencoderTiny):
             raw_latents = self.scale(raw_latents)
-        sample = vae.decode(raw_latents.to(vae.dtype)).sample
+        sample = self._run_finite(vae, lambda latents: vae.decode(latents).sample, raw_latents)
         return (sample.float() / 2 + 0.5).clamp(0, 1)
+
+    def _run_finite(
+        self, vae: Autoencoder, function: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor
+    ) -> torch.Tensor:
+        """function(sample) in the VAE's dtype, or in float32 where float16 overflows."""
+        overflows = self.name == "sdxl-vae" and getattr(vae.config, "force_upcast", False)
+        if not (vae.dtype == torch.float16 and overflows):
+            output = function(sample.to(vae.dtype))
+            if torch.isfinite(output).all():
+                return output
+            if vae.dtype == torch.float16:
+                warnings.warn(
+                    "`vae` overflowed in float16 and runs again in float32. Load it in float32 or bfloat16, or use "
+                    "one made for float16, to save the time.",
+                    stacklevel=2,
+                )
+        if vae.dtype == torch.float16:
+            with _in_float32(vae):
+                output = function(sample.float())
+        if not torch.isfinite(output).all():
+            raise ValueError(
+                f"`vae` must give finite values, got NaN or infinity in {output.dtype}. "
+                "Its weights or what it was given are broken."
+            )
+        return output
 
     def check_latents(self, latents: torch.Tensor) -> None:
         """Raise ValueError unless `latents` are finite and (B, channels, h, w)."""
@@ -133,6 +183,41 @@ KNOWN_SPACES = {
     )
 }
 """Latent spaces told by channels, spatial factor, scale and shift; sd15-vae is also Stable Diffusion 1.x and 2.x."""
+
+
+@contextmanager
+def _in_float32(vae: Autoencoder) -> Iterator[None]:
+    """Hold the float16 tensors of `vae` in float32 for the while; the way there and back is exact."""
+    halves = [tensor for tensor in (*vae.parameters(), *vae.buffers()) if tensor.dtype == torch.float16]
+    if any(tensor.is_meta for tensor in halves):
+        raise ValueError(
+            "`vae` must be in float32 or bfloat16 where its weights are offloaded one by one, got float16, which "
+            "overflowed. Load the pipeline with dtype=torch.bfloat16."
+        )
+    try:
+        for tensor in halves:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor in halves:
+            tensor.data = tensor.data.half()
+
+
+def load_vae(path: str | os.PathLike) -> Autoencoder:
+    """
+    Load a VAE of any class that `LatentSpace` knows, from a local folder or the hub.
+
+    Args:
+        path: a VAE, or a diffusers pipeline, whose folder `vae` is then loaded.
+    Raises:
+        OSError: there is neither.
+    """
+    try:
+        config, subfolder = AutoencoderLocal.load_config(path), None
+    except OSError:
+        config, subfolder = AutoencoderLocal.load_config(path, subfolder="vae"), "vae"
+    kind = AutoencoderLocal if config.get("_class_name") == AutoencoderLocal.__name__ else AutoModel
+    return kind.from_pretrained(path, subfolder=subfolder)
 
 
 def _spatial_factor(vae: Autoencoder) -> int:

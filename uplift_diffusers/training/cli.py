@@ -6,11 +6,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import AutoModel
 
 from uplift_diffusers.data.image_folder import ImageFolder
-from uplift_diffusers.latent_space import Autoencoder, LatentSpace
-from uplift_diffusers.models.autoencoder import AutoencoderLocal
+from uplift_diffusers.latent_space import Autoencoder, LatentSpace, load_vae
 from uplift_diffusers.models.uplift import UPLiFTModel
 from uplift_diffusers.training.config import parse_config
 from uplift_diffusers.training.loop import train
@@ -33,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
         mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
     )
     set_seed(config.seed)
-    vae = load_vae(config.vae, config.vae_subfolder).to(accelerator.device)
+    vae = load_vae(config.vae).to(accelerator.device)
     space = LatentSpace.of(vae, config.latent_space)
     multiple = space.spatial_factor * 2 ** max(config.depths)
     if config.resolution % multiple:
@@ -58,13 +56,6 @@ def main(arguments: list[str] | None = None) -> None:
     if config.validation_data_dir is not None:
         validate = make_validation(model, vae, space, config.validation_data_dir)
     train(model, objective, config, accelerator=accelerator, validate=validate)
-
-
-def load_vae(path: str, subfolder: str | None) -> Autoencoder:
-    """Any VAE that `LatentSpace` knows, from a local folder or the hub."""
-    if AutoencoderLocal.load_config(path, subfolder=subfolder).get("_class_name") == "AutoencoderLocal":
-        return AutoencoderLocal.from_pretrained(path, subfolder=subfolder)
-    return AutoModel.from_pretrained(path, subfolder=subfolder)
 
 
 def make_validation(model: UPLiFTModel, vae: Autoencoder, space: LatentSpace, folder: str | Path):

@@ -13,8 +13,9 @@ class UpsamplerTrainingConfig(TrainingConfig):
     model_settings: ClassVar[dict] = {}
     """Constructor arguments of UPLiFTModel; `latent_channels`, `spatial_factor` and `latent_space` are the VAE's."""
 
-    vae: str = option("stable-diffusion-v1-5/stable-diffusion-v1-5", "VAE or pipeline: a local folder or a hub id.")
-    vae_subfolder: str | None = option("vae", "Folder of the VAE in it; none: a folder that is the VAE.")
+    vae: str = option(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5", "A VAE, or a pipeline that has one: a local folder or a hub id."
+    )
     latent_space: str | None = option(None, "Declares the VAE's latent space where its config does not say it.")
     resolution: int = option(1024, "Edge of the training crops in pixels.")
     random_crop: bool = option(False, "Random crops and flips; off: the whole picture's centre square, resized.")
@@ -54,7 +55,6 @@ class EmbeddedTrainingConfig(UpsamplerTrainingConfig):
     }
 
     vae: str = option(description="The embedded autoencoder: a local folder.")
-    vae_subfolder: str | None = option(None, "Folder of the VAE in it; none: a folder that is the VAE.")
     resolution: int = option(192, "Edge of the training crops in pixels.")
     random_crop: bool = option(True, "Random crops and flips; off: the whole picture's centre square, resized.")
     max_reduction: float = option(2.0, "Half of the random crops come from a picture reduced by up to this factor.")
