@@ -67,6 +67,7 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
         scale: float = 2,
         generator: torch.Generator | list[torch.Generator] | None = None,
         adain_factor: float = 0.0,
+        tile_size: int | str | None = "auto",
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
@@ -84,6 +85,10 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
             adain_factor (`float`): from 0 to 1: how far to move mean and standard deviation of every channel of the
                 upscaled latents towards those of the given ones, against a shift of colour or contrast. See
                 [`~uplift_diffusers.functional.match_channel_statistics`].
+            tile_size (`int`, *optional*): edge in pixels of the tiles of the image that is upsampled, which bounds
+                the memory and does not change the result; `"auto"`, 512 above 768 pixels, or None, no tiles. Of the
+                VAEs only an [`AutoencoderLocal`] decodes in tiles as well: the `vae.enable_tiling()` of others is not
+                exact.
             output_type (`str`): `"pil"`; `"np"`, float32 (B, H, W, 3) in [0, 1]; `"pt"`, float32 (B, 3, H, W) in
                 [0, 1]; or `"latent"`, the large latents, scaled.
             return_dict (`bool`): return an [`ImagePipelineOutput`] instead of a tuple.
@@ -95,7 +100,7 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
         # 1. Check inputs
         space, device = self.latent_space, self._execution_device
         space.check_upsampler(self.upsampler)
-        num_steps = check_request(scale=scale, adain_factor=adain_factor, output_type=output_type)
+        num_steps = check_request(scale=scale, adain_factor=adain_factor, output_type=output_type, tile_size=tile_size)
         guide = None if image is None else self._stack_guides(image)
         self._check_inputs(latents, guide, generator)
 
@@ -117,6 +122,7 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
             num_steps=num_steps,
             generator=generator,
             adain_factor=adain_factor,
+            tile_size=tile_size,
         )  # (B, C, 2**n * h, 2**n * w)
 
         # 4. Decode
@@ -124,7 +130,13 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
             images = space.scale(raw_latents)
         else:
             images = decode_to_scale(
-                raw_latents, space=space, vae=self.vae, size=(height, width), num_steps=num_steps, scale=scale
+                raw_latents,
+                space=space,
+                vae=self.vae,
+                size=(height, width),
+                num_steps=num_steps,
+                scale=scale,
+                tile_size=tile_size,
             )
             images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()

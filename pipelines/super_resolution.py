@@ -10,7 +10,14 @@ from uplift_diffusers.latent_space import LatentSpace
 from uplift_diffusers.models.autoencoder import AutoencoderLocal
 from uplift_diffusers.models.uplift import UPLiFTModel
 from uplift_diffusers.scale import num_steps_for_scale
-from uplift_diffusers.upscale_stage import check_generator, decode_to_scale, upscale_raw_latents
+from uplift_diffusers.upscale_stage import (
+    TileSize,
+    check_generator,
+    check_tile_size,
+    decode_to_scale,
+    resolve_tile_size,
+    upscale_raw_latents,
+)
 
 
 class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
@@ -61,6 +68,7 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
         image: ImageInput,
         scale: float = 2,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        tile_size: int | str | None = "auto",
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
@@ -74,6 +82,10 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
                 reduced; at 1 it is returned as it is.
             generator: one, drawn from image after image, or one for each image, which makes an image's result the
                 same alone and in a list.
+            tile_size (`int`, *optional*): edge in pixels of the tiles that the image is enlarged in, which bounds the
+                memory and does not change the result; `"auto"`, 512 above 768 pixels, or None, no tiles. An
+                [`AutoencoderLocal`] encodes and decodes in tiles as well. Other VAEs see the whole picture: their own
+                `vae.enable_tiling()` is not exact.
             output_type (`str`): `"pil"`; `"np"`, float32 (B, H, W, C) in [0, 1]; or `"pt"`, float32 (B, C, H, W) in
                 [0, 1]. Images of different sizes come as a list of arrays or tensors.
             return_dict (`bool`): return an [`ImagePipelineOutput`] instead of a tuple.
@@ -88,6 +100,7 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
         num_steps = num_steps_for_scale(scale)
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"`output_type` must be 'pil', 'np' or 'pt', got {output_type!r}.")
+        check_tile_size(tile_size)
         pictures = read_pictures(image)
         check_generator(generator, len(pictures), noun="images")
         generators = generator if isinstance(generator, list) else [generator] * len(pictures)
@@ -96,7 +109,11 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
         enlarged = []
         with self.progress_bar(total=len(pictures)) as progress:
             for picture, picture_generator in zip(pictures, generators, strict=True):
-                enlarged.append(self._enlarge(picture, scale, num_steps, picture_generator) if scale != 1 else picture)
+                if scale != 1:
+                    picture = self._enlarge(
+                        picture, scale=scale, num_steps=num_steps, generator=picture_generator, tile_size=tile_size
+                    )
+                enlarged.append(picture)
                 progress.update()
         self.maybe_free_model_hooks()
 
@@ -111,18 +128,38 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
             images = stack(arrays) if same_size else arrays
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _enlarge(self, picture: Picture, scale: float, num_steps: int, generator: torch.Generator | None) -> Picture:
+    def _enlarge(
+        self,
+        picture: Picture,
+        *,
+        scale: float,
+        num_steps: int,
+        generator: torch.Generator | None,
+        tile_size: TileSize,
+    ) -> Picture:
         device, space = self._execution_device, self.latent_space
         size = (picture.height, picture.width)
+        tile_size = resolve_tile_size(tile_size, size)
         guide = pad_to_multiple(picture.color[None].to(device), space.spatial_factor)  # (1, 3, f*h, f*w)
 
-        raw_latents = space.encode(self.vae, guide)  # (1, C, h, w)
+        raw_latents = space.encode(self.vae, guide, tile_size=tile_size)  # (1, C, h, w)
         raw_latents = upscale_raw_latents(
-            raw_latents, guide=guide, upsampler=self.upsampler, num_steps=num_steps, generator=generator
+            raw_latents,
+            guide=guide,
+            upsampler=self.upsampler,
+            num_steps=num_steps,
+            generator=generator,
+            tile_size=tile_size,
         )  # (1, C, 2**n * h, 2**n * w)
-        color = decode_to_scale(raw_latents, space=space, vae=self.vae, size=size, num_steps=num_steps, scale=scale)[
-            0
-        ].cpu()
+        color = decode_to_scale(
+            raw_latents,
+            space=space,
+            vae=self.vae,
+            size=size,
+            num_steps=num_steps,
+            scale=scale,
+            tile_size=tile_size,
+        )[0].cpu()
 
         alpha = None
         if picture.alpha is not None:

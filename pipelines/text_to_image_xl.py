@@ -154,6 +154,7 @@ class UPLiFTTextToImageXLPipeline(StableDiffusionXLPipeline):
         scale: float = 2,
         refine_strength: float = 0.0,
         adain_factor: float = 0.0,
+        tile_size: int | str | None = "auto",
     ) -> StableDiffusionXLPipelineOutput | tuple:
         r"""
         Make an image of a prompt and enlarge it.
@@ -188,6 +189,8 @@ class UPLiFTTextToImageXLPipeline(StableDiffusionXLPipeline):
             adain_factor (`float`): from 0 to 1: how far to move mean and standard deviation of every channel of the
                 upscaled latents towards those of the denoised ones, against a shift of colour or contrast. See
                 [`~uplift_diffusers.functional.match_channel_statistics`].
+            tile_size (`int`, *optional*): edge in pixels of the tiles of the denoised image that are upsampled, which
+                bounds the memory and does not change the result; `"auto"`, 512 above 768 pixels, or None, no tiles.
         Returns:
             `.images`, of round(scale * height) by round(scale * width) pixels, or latents.
         Raises:
@@ -197,7 +200,7 @@ class UPLiFTTextToImageXLPipeline(StableDiffusionXLPipeline):
         space = self.latent_space
         space.check_upsampler(self.upsampler)
         check_guide_vae(space, self.guide_vae)
-        num_steps = check_request(scale=scale, adain_factor=adain_factor, output_type=output_type)
+        num_steps = check_request(scale=scale, adain_factor=adain_factor, output_type=output_type, tile_size=tile_size)
         count = count_images(prompt, prompt_embeds, num_images_per_prompt)
         check_generator(generator, count, noun="images")
         factor = space.spatial_factor
@@ -272,6 +275,7 @@ class UPLiFTTextToImageXLPipeline(StableDiffusionXLPipeline):
             num_steps=num_steps,
             generator=generator,
             adain_factor=adain_factor,
+            tile_size=tile_size,
         )  # (B, C, 2**n * h, 2**n * w)
 
         # 4. Refine
@@ -290,7 +294,13 @@ class UPLiFTTextToImageXLPipeline(StableDiffusionXLPipeline):
             images = space.scale(raw_latents).to(latents.dtype)
         else:
             images = decode_to_scale(
-                raw_latents, space=space, vae=self.vae, size=size, num_steps=num_steps, scale=scale
+                raw_latents,
+                space=space,
+                vae=self.vae,
+                size=size,
+                num_steps=num_steps,
+                scale=scale,
+                tile_size=tile_size,
             )
             images = images * 2 - 1  # what the watermark and the image processor of the class want
             if self.watermark is not None:

@@ -305,3 +305,12 @@ def test_an_upsampler_that_overflows_is_named():
     pipe.upsampler.refiner.conv_out.bias.data.fill_(torch.inf)
     with pytest.raises(ValueError, match="`upsampler` must give finite latents"):
         call(pipe)
+
+
+def test_tiles_do_not_change_the_image(pipe):
+    latents = torch.randn(1, 4, 20, 12, generator=torch.Generator().manual_seed(0))
+    whole, tiled = (
+        pipe(latents=latents, tile_size=size, output_type="latent", generator=torch.Generator().manual_seed(0)).images
+        for size in (None, 64)
+    )
+    torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-4 * whole.abs().max().item())

@@ -557,7 +557,7 @@ def test_every_argument_of_the_class_it_builds_on_is_taken_in_the_same_place(fam
     named = [name for name, parameter in parent.items() if parameter.kind is not parameter.VAR_KEYWORD]
     assert list(own)[: len(named)] == named
     assert {name: own[name].default for name in named} == {name: parent[name].default for name in named}
-    assert list(own)[len(named) :] == ["scale", "refine_strength", "adain_factor"]
+    assert list(own)[len(named) :] == ["scale", "refine_strength", "adain_factor", "tile_size"]
 
 
 @pytest.mark.parametrize("family", PIPELINES)

@@ -149,6 +149,30 @@ def test_padding_does_not_reach_the_output(pipe):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
 
 
+def test_tiles_do_not_change_the_image(pipe):
+    image = photograph(300, 170)
+    expected = pipe(image=image, scale=3, generator=seeded(), tile_size=None, output_type="np").images
+    for tile_size in (64, 100, 1000):
+        tiled = pipe(image=image, scale=3, generator=seeded(), tile_size=tile_size, output_type="np").images
+        np.testing.assert_allclose(tiled, expected, rtol=0, atol=1e-5)
+
+
+def test_large_images_are_enlarged_in_tiles_of_themselves(pipe, monkeypatch):
+    calls = []
+    window = pipe.upsampler.upsample_window
+    monkeypatch.setattr(pipe.upsampler, "upsample_window", lambda *a, **k: calls.append(1) or window(*a, **k))
+    pipe(image=photograph(768, 16))
+    assert len(calls) == 1
+    pipe(image=photograph(1200, 16))
+    assert len(calls) == 1 + 3
+
+
+@pytest.mark.parametrize(("tile_size", "error"), [(63, ValueError), ("large", TypeError), (512.0, TypeError)])
+def test_bad_tile_sizes_are_refused(pipe, tile_size, error):
+    with pytest.raises(error, match="`tile_size` must be"):
+        pipe(image=photograph(), tile_size=tile_size)
+
+
 @pytest.mark.parametrize("scale", [0, -1, 17, 0.5, math.nan, math.inf])
 def test_scales_out_of_range_are_refused(pipe, scale):
     with pytest.raises(ValueError, match="`scale` must be from 1 to 16, got"):
@@ -185,7 +209,7 @@ def test_steps_overshoot_to_the_next_power_of_two(scale, steps):
 
 def test_latents_exist_at_powers_of_two_alone():
     assert num_steps_for_scale(8, latent_output=True) == 3
-    with pytest.raises(ValueError, match="1, 2, 4, 8 or 16 where latents are asked for, got 1.5"):
+    with pytest.raises(ValueError, match=r"1, 2, 4, 8 or 16 where latents are asked for, got 1\.5"):
         num_steps_for_scale(1.5, latent_output=True)
 
 

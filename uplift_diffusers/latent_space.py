@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, AutoModel, ModelMixin
 
 from uplift_diffusers.models.autoencoder import AutoencoderLocal
+from uplift_diffusers.tiling import decode_tiled, encode_tiled
 
 Autoencoder = AutoencoderKL | AutoencoderTiny | AutoencoderDC | AutoencoderLocal
 
@@ -83,14 +84,17 @@ class LatentSpace:
         """Latents as diffusers passes them between pipelines -> raw latents."""
         return latents / self.scaling_factor + self.shift_factor
 
-    def encode(self, vae: Autoencoder, image: torch.Tensor) -> torch.Tensor:
+    def encode(self, vae: Autoencoder, image: torch.Tensor, *, tile_size: int | None = None) -> torch.Tensor:
         """
         Encode (B, 3, H, W) in [0, 1], H and W multiples of `spatial_factor`, to raw latents (B, C, h, w).
 
-        A KL autoencoder gives its posterior's mode: nothing here is random. What is said of float16 at `decode` holds.
+        A KL autoencoder gives its posterior's mode: nothing here is random. What is said of float16 and of `tile_size`
+        at `decode` holds.
         """
 
         def encode(sample: torch.Tensor) -> torch.Tensor:
+            if tile_size is not None and isinstance(vae, AutoencoderLocal):
+                return encode_tiled(vae, sample, tile_size=tile_size)
             output = vae.encode(sample)
             if isinstance(vae, AutoencoderKL):
                 return output.latent_dist.mode()
@@ -100,7 +104,7 @@ class LatentSpace:
 
         return self._run_finite(vae, encode, image * 2 - 1)
 
-    def decode(self, vae: Autoencoder, raw_latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, vae: Autoencoder, raw_latents: torch.Tensor, *, tile_size: int | None = None) -> torch.Tensor:
         """
         Decode raw latents (B, C, h, w) to float32 images (B, 3, H, W) in [0, 1].
 
@@ -110,12 +114,20 @@ class LatentSpace:
 
         Args:
             vae: of this latent space, or an AutoencoderTiny that stands in for it, whose own scale is not looked at.
+            tile_size: edge of a tile in pixels of the image, for an AutoencoderLocal, which is exact in tiles. The
+                other VAEs see the whole picture, or what `vae.enable_tiling()` lets them see, which is not exact.
         Raises:
             ValueError: the output is not finite, in float32 either.
         """
         if isinstance(vae, AutoencoderTiny):
             raw_latents = self.scale(raw_latents)
-        sample = self._run_finite(vae, lambda latents: vae.decode(latents).sample, raw_latents)
+
+        def decode(latents: torch.Tensor) -> torch.Tensor:
+            if tile_size is not None and isinstance(vae, AutoencoderLocal):
+                return decode_tiled(vae, latents, tile_size=tile_size)
+            return vae.decode(latents).sample
+
+        sample = self._run_finite(vae, decode, raw_latents)
         return (sample.float() / 2 + 0.5).clamp(0, 1)
 
     def _run_finite(

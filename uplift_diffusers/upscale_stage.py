@@ -8,23 +8,47 @@ from uplift_diffusers.images import resize
 from uplift_diffusers.latent_space import Autoencoder, LatentSpace
 from uplift_diffusers.models.uplift import Generator, UPLiFTModel
 from uplift_diffusers.scale import num_steps_for_scale, scaled_size
+from uplift_diffusers.tiling import upsample_tiled
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
+TileSize = int | str | None
+AUTO_TILE_SIZE = 512
+AUTO_TILE_ABOVE = 768
+"""`tile_size="auto"`: tiles of 512 px for images with an edge above 768 px."""
 
-def check_request(*, scale: float, adain_factor: float, output_type: str) -> int:
+
+def check_request(*, scale: float, adain_factor: float, output_type: str, tile_size: TileSize) -> int:
     """
     Check what is asked of the stage.
 
     Returns:
         The number of 2x steps.
     Raises:
-        TypeError, ValueError: `scale`, `adain_factor` or `output_type` is not as the pipelines document it.
+        TypeError, ValueError: an argument is not as the pipelines document it.
     """
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
     check_fraction("adain_factor", adain_factor)
+    check_tile_size(tile_size)
     return num_steps_for_scale(scale, latent_output=output_type == "latent")
+
+
+def check_tile_size(tile_size: TileSize) -> None:
+    """Raise TypeError or ValueError unless `tile_size` is `"auto"`, None or a whole number of at least 64."""
+    if tile_size is None or tile_size == "auto":
+        return
+    if isinstance(tile_size, bool) or not isinstance(tile_size, int):
+        raise TypeError(f"`tile_size` must be 'auto', None or a whole number of pixels, got {tile_size!r}.")
+    if tile_size < 64:
+        raise ValueError(f"`tile_size` must be at least 64 pixels, got {tile_size}. 512 is a good start.")
+
+
+def resolve_tile_size(tile_size: TileSize, size: tuple[int, int]) -> int | None:
+    """The edge of a tile in pixels for an image of `size` (height, width), None for no tiles."""
+    if tile_size == "auto":
+        return AUTO_TILE_SIZE if max(size) > AUTO_TILE_ABOVE else None
+    return tile_size
 
 
 def check_fraction(name: str, value: float) -> None:
@@ -66,6 +90,7 @@ def upscale_raw_latents(
     num_steps: int,
     generator: Generator = None,
     adain_factor: float = 0.0,
+    tile_size: TileSize = None,
 ) -> torch.Tensor:
     """
     Upsample raw latents under the guide's guidance and correct their statistics.
@@ -77,6 +102,7 @@ def upscale_raw_latents(
         num_steps: number of 2x steps, >= 0.
         generator: one, or one for each item.
         adain_factor: from 0 to 1, see `match_channel_statistics`.
+        tile_size: edge of a tile in pixels of the guide, `"auto"` or None; the output does not depend on it.
     Returns:
         (B, C, h * 2**num_steps, w * 2**num_steps), dtype of `upsampler`; `raw_latents` for no steps.
     Raises:
@@ -84,9 +110,12 @@ def upscale_raw_latents(
     """
     if num_steps == 0:
         return raw_latents
-    upsampled = upsampler(
-        raw_latents.to(upsampler.dtype), image=guide.to(raw_latents.device), num_steps=num_steps, generator=generator
-    ).sample
+    tile_size = resolve_tile_size(tile_size, tuple(guide.shape[2:]))
+    arguments = {"image": guide.to(raw_latents.device), "num_steps": num_steps, "generator": generator}
+    if tile_size is None:
+        upsampled = upsampler(raw_latents.to(upsampler.dtype), **arguments).sample
+    else:
+        upsampled = upsample_tiled(upsampler, raw_latents.to(upsampler.dtype), **arguments, tile_size=tile_size)
     if not torch.isfinite(upsampled).all():
         raise ValueError(
             f"`upsampler` must give finite latents, got NaN or infinity in {upsampler.dtype}. "
@@ -103,6 +132,7 @@ def decode_to_scale(
     size: tuple[int, int],
     num_steps: int,
     scale: float,
+    tile_size: TileSize = None,
 ) -> torch.Tensor:
     """
     Decode upscaled raw latents, cut what the image was padded by, and reduce it to its exact size.
@@ -110,9 +140,13 @@ def decode_to_scale(
     Args:
         size: (height, width) in pixels of the image before it was padded and upscaled.
         num_steps: number of 2x steps that were made.
+        tile_size: as for `upscale_raw_latents`; looked at for an AutoencoderLocal, see `LatentSpace.decode`.
     Returns:
         (B, 3, round(scale * height), round(scale * width)) float32 in [0, 1].
     """
-    image = space.decode(vae, raw_latents)  # (B, 3, 2**n * f*h, 2**n * f*w)
+    tile_size = resolve_tile_size(tile_size, size)
+    # A decoder is lighter than an upsampler, and larger tiles have less halo.
+    decoder_tile_size = None if tile_size is None else 2 * tile_size
+    image = space.decode(vae, raw_latents, tile_size=decoder_tile_size)  # (B, 3, 2**n * f*h, 2**n * f*w)
     image = image[..., : size[0] * 2**num_steps, : size[1] * 2**num_steps]
     return resize(image, scaled_size(size, scale))

@@ -7,9 +7,14 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from uplift_diffusers.models.blocks import run_trimmed
+from uplift_diffusers.models.window import NO_MARGINS, Margins, trim
+
 
 class ResidualBlock(nn.Module):
     """x + conv3x3(relu(conv3x3(x))); no norm, so that an output depends on its neighbourhood alone."""
+
+    reach = 2
 
     def __init__(self, channels: int):
         super().__init__()
@@ -35,6 +40,14 @@ class ConvolutionalEncoder(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
+    @property
+    def reach(self) -> int:
+        """Latents to each side whose pixels an output depends on."""
+        fine = 1 + sum(block.reach for block in self.fine)
+        coarse = 1 + sum(block.reach for block in self.coarse)
+        # The strided convolution reads one position more. Two positions are a latent.
+        return coarse + -(-(fine + 1) // 2)
+
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         hidden = self.fine(self.conv_in(self.unshuffle(image)))  # (B, fine, H/4, W/4)
         hidden = self.coarse(self.downsample(hidden))  # (B, coarse, H/8, W/8)
@@ -56,10 +69,25 @@ class ConvolutionalDecoder(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        hidden = self.coarse(self.conv_in(latents))  # (B, coarse, h, w)
-        hidden = self.fine(self.upsample(hidden))  # (B, fine, 2h, 2w)
-        return self.shuffle(self.conv_out(hidden))
+    @property
+    def fine_reach(self) -> int:
+        """Latents to each side on which an output depends by the layers after the 2x."""
+        positions = 1 + sum(block.reach for block in self.fine)
+        return -(-positions // 2)
+
+    @property
+    def reach(self) -> int:
+        """Latents to each side on which an output depends."""
+        return 1 + sum(block.reach for block in self.coarse) + self.fine_reach
+
+    def forward(self, latents: torch.Tensor, margins: Margins = NO_MARGINS) -> torch.Tensor:
+        """(B, latent_channels, h, w) -> (B, 3, 8h, 8w) without `margins`, which are in latents."""
+        kept = tuple(min(margin, self.fine_reach) for margin in margins)
+        cut = tuple(margin - keep for margin, keep in zip(margins, kept))
+        hidden = run_trimmed([self.conv_in, *self.coarse], latents, cut)  # (B, coarse, h, w)
+        hidden = self.upsample(hidden)  # (B, fine, 2h, 2w)
+        hidden = run_trimmed([*self.fine, self.conv_out], hidden, tuple(2 * keep for keep in kept))
+        return self.shuffle(hidden)
 
 
 class AutoencoderLocal(ModelMixin, ConfigMixin):
@@ -111,26 +139,51 @@ class AutoencoderLocal(ModelMixin, ConfigMixin):
         self.linear_decoder = nn.ConvTranspose2d(latent_channels, 3, factor, stride=factor)
         self.decoder = ConvolutionalDecoder(latent_channels, block_out_channels, decoder_layers_per_block)
 
+    @property
+    def encoder_reach(self) -> int:
+        """Latents to each side whose pixels a latent depends on: the halo of an exactly encoded tile."""
+        return self.encoder.reach
+
+    @property
+    def decoder_reach(self) -> int:
+        """Latents to each side on which the pixels of a latent depend: the halo of an exactly decoded tile."""
+        return self.decoder.reach
+
     @apply_forward_hook
     def encode(self, sample: torch.Tensor, return_dict: bool = True) -> EncoderOutput | tuple[torch.Tensor]:
         """Encode (B, 3, H, W) in [-1, 1], H and W multiples of 8, to raw latents (B, C, H/8, W/8)."""
+        self.check_sample(sample)
+        latent = self.linear_encoder(sample) + self.encoder(sample)
+        return EncoderOutput(latent=latent) if return_dict else (latent,)
+
+    @apply_forward_hook
+    def decode(
+        self, latents: torch.Tensor, return_dict: bool = True, *, margins: Margins = NO_MARGINS
+    ) -> DecoderOutput | tuple[torch.Tensor]:
+        """
+        Decode raw latents (B, C, h, w) to (B, 3, 8h, 8w), about [-1, 1], not clamped.
+
+        Args:
+            margins: latents at the top, bottom, left and right that are there as neighbours and are not decoded.
+        """
+        self.check_latents(latents)
+        sample = self.linear_decoder(trim(latents, margins)) + self.decoder(latents, margins)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def check_sample(self, sample: torch.Tensor) -> None:
+        """Raise ValueError unless `sample` can be encoded."""
         if sample.ndim != 4 or sample.shape[1] != 3 or any(size % self.spatial_factor for size in sample.shape[2:]):
             raise ValueError(
                 f"`sample` must be (B, 3, H, W) with H and W multiples of {self.spatial_factor}, "
                 f"got {tuple(sample.shape)}. Pad or crop the image first."
             )
-        latent = self.linear_encoder(sample) + self.encoder(sample)
-        return EncoderOutput(latent=latent) if return_dict else (latent,)
 
-    @apply_forward_hook
-    def decode(self, latents: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
-        """Decode raw latents (B, C, h, w) to (B, 3, 8h, 8w), about [-1, 1], not clamped."""
+    def check_latents(self, latents: torch.Tensor) -> None:
+        """Raise ValueError unless `latents` can be decoded."""
         if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
             raise ValueError(
                 f"`latents` must be (B, {self.config.latent_channels}, h, w), got {tuple(latents.shape)}."
             )
-        sample = self.linear_decoder(latents) + self.decoder(latents)
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(self, sample: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
         """Encode and decode: (B, 3, H, W) in [-1, 1] to its reconstruction."""

@@ -1,8 +1,12 @@
 """Convolution and norm blocks of UPLiFT."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from uplift_diffusers.models.window import NO_MARGINS, Margins, trim
 
 
 class ChannelLayerNorm(nn.LayerNorm):
@@ -25,6 +29,31 @@ def add_shared_channels(hidden: torch.Tensor, residual: torch.Tensor) -> torch.T
     return hidden
 
 
+def run_trimmed(layers: Sequence[nn.Module], hidden: torch.Tensor, margins: Margins) -> torch.Tensor:
+    """
+    Run zero-padded layers on a window, and cut `margins` off as soon as no later layer needs them.
+
+    At the picture's own border there is no margin, and zero padding is what the whole picture has there. Elsewhere it
+    spoils as many positions as the layers reach, which the margins must hold.
+
+    Args:
+        layers: each with `reach`, how many positions away its input is felt, or a convolution.
+        hidden: (B, C, H, W).
+        margins: positions to cut off in the end.
+    Returns:
+        (B, D, H - margins, W - margins).
+    """
+    reaches = [layer.kernel_size[0] // 2 if isinstance(layer, nn.Conv2d) else layer.reach for layer in layers]
+    needed = sum(reaches)
+    for layer, reach in zip(layers, reaches, strict=True):
+        hidden = layer(hidden)
+        needed -= reach
+        spare = tuple(max(margin - needed, 0) for margin in margins)
+        hidden = trim(hidden, spare)
+        margins = tuple(margin - cut for margin, cut in zip(margins, spare))
+    return hidden
+
+
 class ConvBlock(nn.Module):
     """
     `num_convs` times [3x3 convolution, norm, ReLU], then a 1x1 convolution, plus the block's input.
@@ -40,6 +69,11 @@ class ConvBlock(nn.Module):
         )
         self.norms = nn.ModuleList(NORMS[norm_type](out_channels) for _ in range(num_convs))
         self.proj = nn.Conv2d(out_channels, out_channels, 1)
+
+    @property
+    def reach(self) -> int:
+        """Positions to each side on which an output depends."""
+        return len(self.convs)
 
     def forward(self, hidden: torch.Tensor, stride: int = 1) -> torch.Tensor:
         """(B, in, H, W) -> (B, out, ceil(H/stride), ceil(W/stride)): every `stride`-th position of the full output."""
@@ -63,7 +97,21 @@ class ConvGroup(nn.Module):
             for index in range(num_layers)
         )
 
-    def forward(self, hidden: torch.Tensor, stride: int = 1) -> torch.Tensor:
+    @property
+    def reach(self) -> int:
+        """Positions to each side on which an output depends."""
+        return sum(layer.reach for layer in self.layers)
+
+    def forward(self, hidden: torch.Tensor, stride: int = 1, margins: Margins = NO_MARGINS) -> torch.Tensor:
+        """
+        (B, in, H, W) -> (B, out, H, W).
+
+        Args:
+            stride: give every `stride`-th position alone.
+            margins: what to cut off, see `run_trimmed`; for stride 1.
+        """
+        if margins != NO_MARGINS:
+            return run_trimmed(self.layers, hidden, margins)
         for layer in self.layers[:-1]:
             hidden = layer(hidden)
         return self.layers[-1](hidden, stride)

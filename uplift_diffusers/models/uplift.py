@@ -1,18 +1,27 @@
 """UPLiFT: an encoder that runs once, one weight-shared 2x decoder applied step after step, the Local Attender."""
 
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub.errors import HTTPError
 from torch import nn
 
-from uplift_diffusers.functional import NEIGHBORHOODS, local_attention, resample_nearest
+from uplift_diffusers.functional import (
+    NEIGHBORHOODS,
+    interpolate_window_2x,
+    local_attention,
+    neighborhood_offsets,
+    resample_nearest,
+)
 from uplift_diffusers.models.blocks import NORMS, ConvGroup, add_shared_channels
 from uplift_diffusers.models.conversion import (
     VARIANTS,
@@ -22,6 +31,7 @@ from uplift_diffusers.models.conversion import (
     variant_from_name,
 )
 from uplift_diffusers.models.hub import CheckpointSource
+from uplift_diffusers.models.window import NO_MARGINS, Margins, Window, trim
 
 Generator = torch.Generator | list[torch.Generator] | None
 
@@ -43,6 +53,64 @@ class UPLiFTOutput(BaseOutput):
     steps: list[torch.Tensor] | None = None
 
 
+class StepNoise(NamedTuple):
+    """
+    The noise of one 2x step for the whole picture, in the order in which it is drawn.
+
+    Args:
+        coarse: (B, noise_channels, h, w), of the decoder before the 2x.
+        fine: (B, noise_channels, 2h, 2w), of the decoder after it.
+        refiner: (B, noise_channels, 2h, 2w), of the refiner; None without one.
+    """
+
+    coarse: torch.Tensor
+    fine: torch.Tensor
+    refiner: torch.Tensor | None
+
+
+class StepWindows(NamedTuple):
+    """
+    What each part of one 2x step has to see so that its output is exact on a window.
+
+    Args:
+        entered: latents, and the decoder before the 2x, at the step's input resolution; the rest is at its output's.
+        upsampled: the decoder after the 2x.
+        attended: the Local Attender's output and the refiner's input.
+        refined: the step's output.
+    """
+
+    entered: Window
+    upsampled: Window
+    attended: Window
+    refined: Window
+
+
+class Guides(NamedTuple):
+    """
+    Guide maps of a part of the picture, at `positions` x `positions` positions for a latent of the model's input.
+
+    Args:
+        before_last: (B, G, H, W), the encoder's map before the last.
+        last: (B, G', H, W), its last map.
+        cells: the part of the picture, in latents of the model's input.
+        positions: see above.
+    """
+
+    before_last: torch.Tensor
+    last: torch.Tensor
+    cells: Window
+    positions: int
+
+    def sample(self, features: torch.Tensor, window: Window) -> torch.Tensor:
+        """`before_last` or `last` at `window` of a grid of any resolution, by nearest neighbour."""
+        # Nearest sampling repeats itself from latent to latent, so whole latents may be cut out before it.
+        level = window.grid[0] // self.cells.grid[0]
+        cells = window.cover(level)
+        features = self.cells.finer(self.positions).crop(features, cells.finer(self.positions))
+        features = resample_nearest(features, cells.finer(level).shape)
+        return cells.finer(level).crop(features, window)
+
+
 class UPLiFTEncoder(nn.Module):
     """Image -> the last two guide maps, at the image's resolution divided by `patch_size`."""
 
@@ -62,6 +130,11 @@ class UPLiFTEncoder(nn.Module):
             ConvGroup(before, after, num_layers=layers_per_block, num_convs=num_convs, norm_type=norm_type)
             for before, after in zip(widths[:-1], widths[1:])
         )
+
+    @property
+    def reach(self) -> int:
+        """Patches to each side on which an output depends."""
+        return sum(block.reach for block in self.blocks)
 
     def forward(self, image: torch.Tensor, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, 3, H, W) -> the map before the last and the last one, every `stride`-th position of each."""
@@ -101,11 +174,21 @@ class UPLiFTDecoder(nn.Module):
         fine_guide: torch.Tensor,
         coarse_noise: torch.Tensor,
         fine_noise: torch.Tensor,
+        *,
+        windows: StepWindows,
     ) -> torch.Tensor:
-        """(B, C, h, w) and guides and noise at (h, w) and (2h, 2w) -> (B, channels, 2h, 2w)."""
-        hidden = self.coarse(_concatenate(latents, coarse_guide, coarse_noise))
-        hidden = self.upsample(hidden) + F.interpolate(hidden, scale_factor=2, mode="bilinear", align_corners=True)
-        return self.fine(_concatenate(hidden, fine_guide, fine_noise))
+        """
+        (B, C, h, w) and guides and noise at (h, w) and (2h, 2w) -> (B, channels, 2h, 2w).
+
+        Latents and what is coarse fill `windows.entered`, what is fine `windows.upsampled`, the output
+        `windows.attended`.
+        """
+        source, target = windows.upsampled.interpolated_from(), windows.upsampled
+        hidden = self.coarse(
+            _concatenate(latents, coarse_guide, coarse_noise), margins=windows.entered.margins(source)
+        )
+        hidden = source.finer(2).crop(self.upsample(hidden), target) + _interpolate_2x(hidden, source, target)
+        return self.fine(_concatenate(hidden, fine_guide, fine_noise), margins=target.margins(windows.attended))
 
 
 class LocalAttender(nn.Module):
@@ -116,11 +199,25 @@ class LocalAttender(nn.Module):
         self.neighborhood = neighborhood
         self.conv = nn.Conv2d(guide_channels, neighborhood, 1)
 
-    def forward(self, guide: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """(B, G, cH, cW) and (B, C, H, W) -> (B, C, cH, cW)."""
+    @property
+    def reach(self) -> int:
+        """Values to each side on which an output depends."""
+        return max(abs(dy) for dy, _ in neighborhood_offsets(self.neighborhood))
+
+    def forward(self, guide: torch.Tensor, values: torch.Tensor, margins: Margins = NO_MARGINS) -> torch.Tensor:
+        """
+        (B, G, cH, cW) and (B, C, H, W) -> (B, C, cH, cW).
+
+        Args:
+            margins: how far the cells of the values go beyond the guide, in positions of the guide.
+        """
         # As every block of the published checkpoints, the convolution adds its input to its output.
         logits = add_shared_channels(self.conv(guide), guide)
-        return local_attention(logits, values, self.neighborhood)
+        if margins == NO_MARGINS:
+            return local_attention(logits, values, self.neighborhood)
+        top, bottom, left, right = margins
+        logits = F.pad(logits, (left, right, top, bottom))  # n channels: small beside the guide
+        return trim(local_attention(logits, values, self.neighborhood), margins)
 
 
 class UPLiFTRefiner(nn.Module):
@@ -149,9 +246,12 @@ class UPLiFTRefiner(nn.Module):
         )
         self.conv_out = nn.Conv2d(channels, latent_channels, 1)
 
-    def forward(self, latents: torch.Tensor, guide: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        refined = self.conv_out(self.blocks(_concatenate(latents, guide, noise)))
-        return latents + refined if self.residual else refined
+    def forward(
+        self, latents: torch.Tensor, guide: torch.Tensor, noise: torch.Tensor, margins: Margins = NO_MARGINS
+    ) -> torch.Tensor:
+        """(B, C, H, W), guide and noise of the same size -> (B, C, H, W) without `margins`."""
+        refined = self.conv_out(self.blocks(_concatenate(latents, guide, noise), margins=margins))
+        return trim(latents, margins) + refined if self.residual else refined
 
 
 class UPLiFTModel(ModelMixin, ConfigMixin):
@@ -385,72 +485,154 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
             ValueError: rank, channels, batch or image size do not match, or num_steps is below 1.
         Source: Walmer et al. 2026, section 3.1.
         """
-        self._check_inputs(raw_latents, image, num_steps, generator)
-        image = image.to(raw_latents)
-        latents = raw_latents.contiguous(memory_format=torch.channels_last)
-
-        guides = None
-        steps = []
-        for step in range(num_steps):
-            if guides is None or self.config.reencode_image:
-                last_use = step if self.config.reencode_image else num_steps - 1
-                size = tuple(raw_latents.shape[2:])
-                guides = self._encode_image(image, size, magnification=2**step, finest=2 ** (last_use + 1))
-            latents = self._upsample_2x(latents, guides, generator)
-            steps.append(latents)
-
-        sample = latents.contiguous()
+        self.check_inputs(raw_latents, image, num_steps, generator)
+        steps = self.upsample_window(
+            raw_latents,
+            image=image,
+            noise=self.draw_noise(raw_latents, num_steps, generator),
+            windows=self.plan_windows(Window.whole(tuple(raw_latents.shape[2:])).finer(2**num_steps), num_steps),
+        )
+        sample = steps[-1].contiguous()
         steps = [*steps[:-1], sample] if return_steps else None
         if not return_dict:
             return (sample, steps) if return_steps else (sample,)
         return UPLiFTOutput(sample=sample, steps=steps)
 
+    def plan_windows(self, output: Window, num_steps: int) -> list[StepWindows]:
+        """
+        What every step has to see so that the last one's output is exact on the window `output`.
+
+        With r 3x3 convolutions in the refiner, f in the decoder after the 2x and c before it, a window of whole input
+        positions takes a halo of c + 1 + floor((r + f) / 2) of them on each side. The one is the bilinear
+        interpolation's. The Local Attender never needs more: its radius of at most 2 is within c + 1.
+        """
+        plan = []
+        for _ in range(num_steps):
+            attended = output.grow(self.refiner.blocks.reach if self.refiner is not None else 0)
+            upsampled = attended.grow(self.decoder.fine.reach)
+            entered = upsampled.interpolated_from().grow(self.decoder.coarse.reach)
+            plan.append(StepWindows(entered, upsampled, attended, output))
+            output = entered
+        return plan[::-1]
+
+    def draw_noise(self, raw_latents: torch.Tensor, num_steps: int, generator: Generator) -> Iterator[StepNoise]:
+        """The noise of one step after the other for `raw_latents` (B, C, h, w), in their dtype and on their device."""
+        batch, _, height, width = raw_latents.shape
+
+        def draw(factor: int) -> torch.Tensor:
+            shape = (batch, self.config.noise_channels, height * factor, width * factor)
+            if not self.config.noise_channels:
+                return raw_latents.new_empty(shape)
+            noise = randn_tensor(shape, generator=generator, device=raw_latents.device, dtype=torch.float32)
+            return noise.to(raw_latents.dtype)
+
+        for step in range(num_steps):
+            coarse, fine = 2**step, 2 ** (step + 1)
+            yield StepNoise(draw(coarse), draw(fine), draw(fine) if self.refiner is not None else None)
+
+    @apply_forward_hook
+    def upsample_window(
+        self,
+        raw_latents: torch.Tensor,
+        *,
+        image: torch.Tensor,
+        noise: Iterable[StepNoise],
+        windows: list[StepWindows],
+    ) -> list[torch.Tensor]:
+        """
+        Carry a window of the picture through all steps.
+
+        Args:
+            raw_latents: (B, C, h, w) of the whole picture.
+            image: (B, 3, h * spatial_factor, w * spatial_factor), the whole picture.
+            noise: of every step, see `draw_noise`.
+            windows: of every step, see `plan_windows`.
+        Returns:
+            The result of every step on its `refined` window.
+        """
+        whole = Window.whole(tuple(raw_latents.shape[2:]))
+        latents = whole.crop(raw_latents, windows[0].entered).contiguous(memory_format=torch.channels_last)
+        guides = None
+        steps = []
+        for step, (step_windows, step_noise) in enumerate(zip(windows, noise, strict=True)):
+            if guides is None or self.config.reencode_image:
+                last_use = step if self.config.reencode_image else len(windows) - 1
+                guides = self._encode_image(
+                    image,
+                    # The first step sees the most of the picture.
+                    step_windows.entered.cover(2**step),
+                    magnification=2**step,
+                    finest=2 ** (last_use + 1),
+                    like=raw_latents,
+                )
+            latents = self._upsample_2x(latents, guides, step_noise, step_windows)
+            steps.append(latents)
+        return steps
+
     def _encode_image(
-        self, image: torch.Tensor, latent_size: tuple[int, int], *, magnification: int, finest: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Guide maps of the image magnified, sampled no finer than `finest` times `latent_size`."""
+        self, image: torch.Tensor, cells: Window, *, magnification: int, finest: int, like: torch.Tensor
+    ) -> Guides:
+        """Guide maps of the magnified image, on `cells` latents, sampled no finer than `finest` times the latents."""
         config = self.config
+        factor = config.encoder_spatial_factor or config.spatial_factor
+        reach_px = -(-self.encoder.reach * config.encoder_patch_size // magnification)
+        if factor != config.spatial_factor:
+            reach_px += -(-max(factor, config.spatial_factor) // config.spatial_factor)
+        if magnification > 1:
+            reach_px += 1
+        seen = cells.grow(-(-reach_px // factor))
+        whole = Window.whole(tuple(image.shape[2:]))
+        image = whole.crop(image, seen.finer(config.spatial_factor)).to(like)
+
         mean, std = IMAGE_NORMALIZATIONS[config.image_normalization]
         image = (image - image.new_tensor(mean)[:, None, None]) / image.new_tensor(std)[:, None, None]
-        factor = config.encoder_spatial_factor or config.spatial_factor
         if factor != config.spatial_factor:
-            size = (latent_size[0] * factor, latent_size[1] * factor)
-            image = F.interpolate(image, size=size, mode="bilinear", antialias=True)
+            image = F.interpolate(image, size=seen.finer(factor).shape, mode="bilinear", antialias=True)
         if magnification > 1:
             image = F.interpolate(image, scale_factor=magnification, mode="bilinear")
         # Positions per latent of the input, of the encoder's maps and of the finest step: the maps are only ever
         # sampled at whole strides, so what lies between those positions need not be computed.
         positions = factor * magnification // config.encoder_patch_size
         stride = positions // finest if positions % finest == 0 else 1
-        return self.encoder(image, stride)
+        positions //= stride
+        before_last, last = (
+            seen.finer(positions).crop(features, cells.finer(positions)) for features in self.encoder(image, stride)
+        )
+        return Guides(before_last, last, cells, positions)
 
     def _upsample_2x(
-        self, latents: torch.Tensor, guides: tuple[torch.Tensor, torch.Tensor], generator: Generator
+        self, latents: torch.Tensor, guides: Guides, noise: StepNoise, windows: StepWindows
     ) -> torch.Tensor:
-        """(B, C, h, w) -> (B, C, 2h, 2w)."""
-        before_last, last = guides
-        batch, _, height, width = latents.shape
-        coarse, fine = (height, width), (2 * height, 2 * width)
-
-        def noise(size: tuple[int, int]) -> torch.Tensor:
-            shape = (batch, self.config.noise_channels, *size)
-            if not self.config.noise_channels:
-                return latents.new_empty(shape)
-            return randn_tensor(shape, generator=generator, device=latents.device, dtype=torch.float32).to(
-                latents.dtype
-            )
-
+        """(B, C, h, w) on `windows.entered` -> (B, C, 2h, 2w) on `windows.refined`."""
+        entered, upsampled, attended, refined = windows
+        coarse, fine = Window.whole(entered.grid), Window.whole(upsampled.grid)
         features = self.decoder(
-            latents, resample_nearest(last, coarse), resample_nearest(before_last, fine), noise(coarse), noise(fine)
+            latents,
+            guides.sample(guides.last, entered),
+            guides.sample(guides.before_last, upsampled),
+            coarse.crop(noise.coarse, entered),
+            fine.crop(noise.fine, upsampled),
+            windows=windows,
         )
-        upsampled = self.attender(features, latents) if self.attender is not None else self.proj_out(features)
+        if self.attender is not None:
+            values = attended.cover(2).grow(self.attender.reach)
+            margins = values.finer(2).margins(attended)
+            output = self.attender(features, entered.crop(latents, values), margins)
+        else:
+            output = self.proj_out(features)
         if self.refiner is not None:
-            upsampled = self.refiner(upsampled, resample_nearest(last, fine), noise(fine))
-        return upsampled
+            output = self.refiner(
+                output,
+                guides.sample(guides.last, attended),
+                fine.crop(noise.refiner, attended),
+                attended.margins(refined),
+            )
+        return output
 
-    def _check_inputs(
+    def check_inputs(
         self, raw_latents: torch.Tensor, image: torch.Tensor, num_steps: int, generator: Generator
     ) -> None:
+        """Raise ValueError unless the arguments of `forward` fit the model and each other."""
         channels, factor = self.config.latent_channels, self.config.spatial_factor
         if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
             raise ValueError(f"`num_steps` must be a whole number of at least 1, got {num_steps}.")
@@ -484,6 +666,19 @@ def _published_options(options: dict) -> dict:
 
 def _concatenate(*parts: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts, dim=1).contiguous(memory_format=torch.channels_last)
+
+
+def _interpolate_2x(hidden: torch.Tensor, source: Window, target: Window) -> torch.Tensor:
+    """2x bilinear with `align_corners=True` from the window `source` to the window `target` of the output's grid."""
+    if source.is_whole and target.is_whole:
+        return F.interpolate(hidden, scale_factor=2, mode="bilinear", align_corners=True)
+    return interpolate_window_2x(
+        hidden,
+        origin=(source.rows.start, source.columns.start),
+        size=source.grid,
+        rows=(target.rows.start, target.rows.stop),
+        columns=(target.columns.start, target.columns.stop),
+    )
 
 
 def _check_config(**config) -> None:

@@ -59,7 +59,7 @@ class EmbeddedTrainingConfig(UpsamplerTrainingConfig):
     random_crop: bool = option(True, "Random crops and flips; off: the whole picture's centre square, resized.")
     max_reduction: float = option(2.0, "Half of the random crops come from a picture reduced by up to this factor.")
     train_batch_size: int = option(4, "Images per process and micro-step.")
-    max_train_steps: int = option(4_800, "Optimiser steps.")
+    max_train_steps: int = option(4_200, "Optimiser steps.")
     learning_rate: float = option(7e-4, "Peak learning rate of Adam.")
     lr_scheduler: str = option("cosine", "diffusers' schedule: constant, constant_with_warmup, linear, cosine, ...")
     lr_warmup_steps: int = option(200, "Optimiser steps over which the learning rate rises from zero.")
