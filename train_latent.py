@@ -8,4 +8,4 @@ Train an UPLiFT on the latents of a VAE.
 from uplift_diffusers.training.cli import main
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -40,7 +40,6 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "vae->upsampler"
-    _exclude_from_cpu_offload = ["upsampler"]  # noqa: RUF012 - a list, as diffusers has it
 
     def __init__(
         self,
@@ -127,7 +126,7 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
 
         # 4. Decode
         if output_type == "latent":
-            images = space.scale(raw_latents)
+            images = space.scale(raw_latents).to(self.vae.dtype if latents is None else latents.dtype)
         else:
             images = decode_to_scale(
                 raw_latents,

@@ -44,7 +44,6 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "vae->upsampler"
-    _exclude_from_cpu_offload = ["upsampler"]  # noqa: RUF012 - a list, as diffusers has it
 
     def __init__(
         self,

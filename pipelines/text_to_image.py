@@ -64,7 +64,6 @@ class UPLiFTTextToImagePipeline(StableDiffusionPipeline):
 
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->guide_vae->upsampler->vae"
     _optional_components = [*StableDiffusionPipeline._optional_components, "guide_vae"]  # noqa: RUF012 - a list, as diffusers has it
-    _exclude_from_cpu_offload = [*StableDiffusionPipeline._exclude_from_cpu_offload, "upsampler"]  # noqa: RUF012
 
     def __init__(
         self,

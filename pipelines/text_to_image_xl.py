@@ -70,7 +70,6 @@ class UPLiFTTextToImageXLPipeline(StableDiffusionXLPipeline):
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->image_encoder->unet->guide_vae->upsampler->vae"
     _optional_components = [*StableDiffusionXLPipeline._optional_components, "guide_vae"]  # noqa: RUF012 - a list, as diffusers has it
-    _exclude_from_cpu_offload = [*StableDiffusionXLPipeline._exclude_from_cpu_offload, "upsampler"]  # noqa: RUF012
 
     def __init__(
         self,

@@ -38,6 +38,11 @@ OFFLOADS = [
         id="group",
     ),
     pytest.param(
+        "enable_group_offload",
+        {"onload_device": torch.device(DEVICE), "offload_type": "leaf_level"},
+        id="leaf",
+    ),
+    pytest.param(
         "enable_sequential_cpu_offload",
         {"device": DEVICE},
         id="sequential",

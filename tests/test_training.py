@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from uplift_diffusers import AutoencoderLocal, LatentSpace, UPLiFTModel
 from uplift_diffusers.data.image_folder import EpochSampler, ImageFolder, find_images
 from uplift_diffusers.embedded.train_autoencoder import AutoencoderTrainingConfig, initial_blocks
+from uplift_diffusers.training import cli
 from uplift_diffusers.training.checkpoints import find_checkpoint, list_checkpoints
 from uplift_diffusers.training.config import parse_config
 from uplift_diffusers.training.loop import train
@@ -171,7 +172,7 @@ def test_a_killed_process_resumes_to_the_same_weights(photographs, tmp_path):
             "mixed_precision": "no",
             "resume_from_checkpoint": "if-any",
         }
-        command = [sys.executable, "-c", "from uplift_diffusers.training.cli import main; main()"]
+        command = [sys.executable, "-c", "from uplift_diffusers.training.cli import main; raise SystemExit(main())"]
         command += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
@@ -206,6 +207,69 @@ def test_latest_without_a_checkpoint_is_an_error_and_if_any_is_not(tmp_path):
     assert find_checkpoint(tmp_path, "if-any") == (None, [])
     with pytest.raises(FileNotFoundError, match="is not a checkpoint"):
         find_checkpoint(tmp_path, str(tmp_path / "checkpoint-7"))
+
+
+def test_a_used_folder_is_refused_unless_resumed(photographs, tmp_path):
+    run_training(photographs, tmp_path, max_train_steps=2)
+    with pytest.raises(FileExistsError, match=r"must hold no checkpoints of another run, got .*checkpoint-2"):
+        run_training(photographs, tmp_path, max_train_steps=2)
+
+
+def test_resuming_an_earlier_checkpoint_sets_later_ones_aside(photographs, tmp_path, capsys):
+    run_training(photographs, tmp_path)
+    run_training(
+        photographs, tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-4"), max_train_steps=5, seed=1
+    )
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-5"]
+    assert (tmp_path / "abandoned-checkpoint-6" / "model.safetensors").exists()
+    printed = capsys.readouterr().out
+    assert "Changed since then: seed: 0 -> 1" in printed
+    assert "Changed since then: max_train_steps: 6 -> 5" in printed
+
+
+def test_accumulated_micro_steps_give_the_mean_gradient(photographs, tmp_path):
+    # One photograph, cropped whole: both micro-steps see the same picture, so their mean is each of them.
+    (tmp_path / "one").mkdir()
+    Image.open(next(iter(sorted(photographs.rglob("*.png"))))).save(tmp_path / "one" / "only.png")
+    norms = []
+    for steps in (1, 2):
+        model = make_model(noise_channels=0)
+        objective = make_objective(model, latent_noise=0.0, depths=(1,), pixel_weight=0.0)
+        config = make_config(
+            tmp_path / "one",
+            tmp_path / str(steps),
+            gradient_accumulation_steps=steps,
+            train_batch_size=1,
+            max_train_steps=1,
+            random_crop=False,
+            max_grad_norm=1e9,
+        )
+        accelerator = Accelerator(cpu=True)
+        accelerator.clip_grad_norm_ = lambda parameters, limit: norms.append(
+            torch.nn.utils.clip_grad_norm_(parameters, limit).item()
+        )
+        train(model, objective, config, accelerator=accelerator)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_half_a_line_of_the_log_is_dropped(photographs, tmp_path):
+    run_training(photographs, tmp_path, max_train_steps=2)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    run_training(photographs, tmp_path, max_train_steps=4, resume_from_checkpoint="latest")
+    assert len(logged_losses(tmp_path)) == 4
+
+
+def test_a_damaged_photograph_is_named(photographs, tmp_path):
+    whole = next(iter(sorted(photographs.rglob("*.png")))).read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cut\.png: the image is damaged or cut off"):
+        ImageFolder(tmp_path, resolution=32)[0, 0]
+
+
+def test_the_command_ends_with_one_line_where_there_is_nothing_to_train_on(tmp_path, capsys):
+    assert cli.main(["--train_data_dir", str(tmp_path / "none"), "--output_dir", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.strip().endswith("is not a folder.")
 
 
 def test_only_the_newest_checkpoints_are_kept(photographs, tmp_path):

@@ -164,6 +164,18 @@ def test_half_precision_follows_single_precision():
     assert (actual.float() - expected).abs().mean() < 0.03 * expected.abs().mean()
 
 
+def test_layerwise_casting_reaches_every_layer():
+    model = make_model()
+    latents, image = make_inputs()
+    expected = run(model, latents, image, generator=generator(0))
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    assert {module.weight.dtype for module in model.modules() if isinstance(module, torch.nn.Conv2d)} == {
+        torch.bfloat16
+    }
+    actual = run(model, latents, image, generator=generator(0))
+    assert 0 < (actual - expected).abs().mean() < 0.03 * expected.abs().mean()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -104,6 +104,10 @@ class LatentSpace:
 
         return self._run_finite(vae, encode, image * 2 - 1)
 
+    def native(self, vae: Autoencoder, raw_latents: torch.Tensor) -> torch.Tensor:
+        """Raw latents -> what `vae.decode` takes: the same, but for an AutoencoderTiny, which takes scaled ones."""
+        return self.scale(raw_latents) if isinstance(vae, AutoencoderTiny) else raw_latents
+
     def decode(self, vae: Autoencoder, raw_latents: torch.Tensor, *, tile_size: int | None = None) -> torch.Tensor:
         """
         Decode raw latents (B, C, h, w) to float32 images (B, 3, H, W) in [0, 1].
@@ -119,15 +123,13 @@ class LatentSpace:
         Raises:
             ValueError: the output is not finite, in float32 either.
         """
-        if isinstance(vae, AutoencoderTiny):
-            raw_latents = self.scale(raw_latents)
 
         def decode(latents: torch.Tensor) -> torch.Tensor:
             if tile_size is not None and isinstance(vae, AutoencoderLocal):
                 return decode_tiled(vae, latents, tile_size=tile_size)
             return vae.decode(latents).sample
 
-        sample = self._run_finite(vae, decode, raw_latents)
+        sample = self._run_finite(vae, decode, self.native(vae, raw_latents))
         return (sample.float() / 2 + 0.5).clamp(0, 1)
 
     def _run_finite(

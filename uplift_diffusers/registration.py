@@ -58,12 +58,16 @@ class _AfterImport(MetaPathFinder, Loader):
     def __init__(self, name: str, action: Callable[[ModuleType], None]):
         self.name = name
         self.action = action
+        self.is_looking = False
 
     def find_spec(self, fullname: str, path=None, target=None) -> ModuleSpec | None:
-        if fullname != self.name:
+        if fullname != self.name or self.is_looking:
             return None
-        sys.meta_path.remove(self)
-        self.spec = importlib.util.find_spec(fullname)
+        self.is_looking = True  # the other finders find it
+        try:
+            self.spec = importlib.util.find_spec(fullname)
+        finally:
+            self.is_looking = False
         if self.spec is None:
             return None
         return importlib.util.spec_from_loader(fullname, self, origin=self.spec.origin)
@@ -72,6 +76,7 @@ class _AfterImport(MetaPathFinder, Loader):
         return importlib.util.module_from_spec(self.spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        sys.meta_path.remove(self)
         module.__spec__ = self.spec  # from here on the module is as if nobody had stood in between
         self.spec.loader.exec_module(module)
         self.action(module)

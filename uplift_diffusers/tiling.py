@@ -70,9 +70,8 @@ def upsample_tiled(
     for row in _tiles((height, width), edge):
         for tile in row:
             target = tile.finer(scale)
-            windows = model.plan_windows(target, num_steps)
-            steps = model.upsample_window(raw_latents, image=image, noise=noise, windows=windows)
-            whole.crop(output, target).copy_(steps[-1])
+            sample = model(raw_latents, image=image, num_steps=num_steps, noise=noise, window=target).sample
+            whole.crop(output, target).copy_(sample)
     return output
 
 

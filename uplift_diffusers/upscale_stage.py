@@ -62,7 +62,7 @@ def check_fraction(name: str, value: float) -> None:
 def check_generator(generator: Generator, count: int, *, noun: str = "items") -> None:
     """Raise TypeError or ValueError unless `generator` is None, one generator, or a list of `count`."""
     for entry in generator if isinstance(generator, list) else [generator]:
-        if entry is not None and not isinstance(entry, torch.Generator):
+        if not isinstance(entry, torch.Generator) and generator is not None:
             raise TypeError(f"`generator` must be a torch.Generator or a list of them, got {type(entry).__name__}.")
     if isinstance(generator, list) and len(generator) != count:
         raise ValueError(f"`generator` must have one entry for each of the {count} {noun}, got {len(generator)}.")

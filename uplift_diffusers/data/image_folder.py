@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
-from uplift_diffusers.image_files import INPUT_SUFFIXES, find_image_files
+from uplift_diffusers.image_files import INPUT_SUFFIXES, find_image_files, open_image
 
 
 def find_images(folder: str | Path) -> list[Path]:
@@ -59,8 +59,10 @@ class ImageFolder(Dataset):
     def __getitem__(self, item: tuple[int, int]) -> torch.Tensor:
         """(3, resolution, resolution) uint8."""
         epoch, index = item
-        with Image.open(self.paths[index]) as file:
-            image = file.convert("RGB")
+        try:
+            image = open_image(self.paths[index]).image.convert("RGB")
+        except ValueError as error:
+            raise ValueError(f"{self.paths[index]}: {error}") from error
         if self.random_crop:
             crop = self._random_crop(image, np.random.default_rng((self.seed, epoch, index)))
         else:

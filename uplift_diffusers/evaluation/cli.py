@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--data_dir", required=True, help="Folder of photographs, searched recursively.")
     parser.add_argument("--model", default=str(embedded_bundle()), help="Super-resolution pipeline.")
-    parser.add_argument("--scales", type=int, nargs="+", default=[2, 4], help="Whole factors.")
+    parser.add_argument("--scales", type=int, nargs="+", default=[2, 4], choices=range(2, 17), help="Whole factors.")
     parser.add_argument("--crop", type=int, default=512, help="Edge of the centre crops in pixels.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of every image's noise.")
     parser.add_argument("--output_dir", type=Path, help="Where report.json and report.md go.")
@@ -30,11 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         find_images(options.data_dir)
-    except FileNotFoundError as error:
+        pipeline = UPLiFTSuperResolutionPipeline.from_pretrained(options.model)
+    except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-
-    pipeline = UPLiFTSuperResolutionPipeline.from_pretrained(options.model)
     pipeline.set_progress_bar_config(disable=True)
     vae, space = pipeline.vae, pipeline.latent_space
     methods = {

@@ -8,14 +8,18 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
-import torchmetrics
 from PIL import Image
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm.auto import tqdm
 
 import uplift_diffusers
 from uplift_diffusers.data.image_folder import find_images
 from uplift_diffusers.evaluation.methods import Method
+
+try:
+    import torchmetrics
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+except ImportError as error:
+    raise ImportError('Evaluation needs torchmetrics: pip install "uplift-diffusers[eval]".') from error
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,16 @@ def run_trimmed(layers: Sequence[nn.Module], hidden: torch.Tensor, margins: Marg
     return hidden
 
 
+class SampledConv2d(nn.Conv2d):
+    """A 3x3 convolution without bias that can be asked for every `stride`-th position alone."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, padding=1, bias=False)
+
+    def forward(self, hidden: torch.Tensor, stride: int = 1) -> torch.Tensor:
+        return F.conv2d(hidden, self.weight, stride=stride, padding=1)
+
+
 class ConvBlock(nn.Module):
     """
     `num_convs` times [3x3 convolution, norm, ReLU], then a 1x1 convolution, plus the block's input.
@@ -64,9 +74,7 @@ class ConvBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, *, num_convs: int, norm_type: str):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_convs
-        self.convs = nn.ModuleList(
-            nn.Conv2d(before, after, 3, padding=1, bias=False) for before, after in zip(widths[:-1], widths[1:])
-        )
+        self.convs = nn.ModuleList(SampledConv2d(before, after) for before, after in zip(widths[:-1], widths[1:]))
         self.norms = nn.ModuleList(NORMS[norm_type](out_channels) for _ in range(num_convs))
         self.proj = nn.Conv2d(out_channels, out_channels, 1)
 
@@ -81,7 +89,7 @@ class ConvBlock(nn.Module):
         for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             last = index == len(self.convs) - 1
             # Only the last 3x3 convolution may be strided: the ones before it are needed at every position.
-            hidden = F.conv2d(hidden, conv.weight, stride=stride if last else 1, padding=1)
+            hidden = conv(hidden, stride if last else 1)
             hidden = F.relu(norm(hidden), inplace=True)
         hidden = self.proj(hidden)
         return add_shared_channels(hidden, residual)

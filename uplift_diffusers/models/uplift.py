@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub.errors import HTTPError
 from torch import nn
@@ -465,6 +464,8 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         image: torch.Tensor,
         num_steps: int = 1,
         generator: Generator = None,
+        noise: Iterable[StepNoise] | None = None,
+        window: Window | None = None,
         return_steps: bool = False,
         return_dict: bool = True,
     ) -> UPLiFTOutput | tuple[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
@@ -477,7 +478,9 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
             num_steps: number of 2x steps, >= 1.
             generator: one generator, or one for each item of the batch, which makes an item's result independent of
                 the batch around it. Noise is drawn in float32 on the generator's device.
-            return_steps: also return the result of every step.
+            noise: of every step for the whole picture, in place of drawing it from `generator`; see `draw_noise`.
+            window: the part of the output to compute, exactly as it is in the whole; see `tiling.upsample_tiled`.
+            return_steps: also return the result of every step; with `window`, of what the next step has to see.
             return_dict: return a [`UPLiFTOutput`] instead of a tuple.
         Returns:
             (B, C, h * 2**num_steps, w * 2**num_steps), dtype and device of `raw_latents`.
@@ -486,12 +489,11 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         Source: Walmer et al. 2026, section 3.1.
         """
         self.check_inputs(raw_latents, image, num_steps, generator)
-        steps = self.upsample_window(
-            raw_latents,
-            image=image,
-            noise=self.draw_noise(raw_latents, num_steps, generator),
-            windows=self.plan_windows(Window.whole(tuple(raw_latents.shape[2:])).finer(2**num_steps), num_steps),
-        )
+        if noise is None:
+            noise = self.draw_noise(raw_latents, num_steps, generator)
+        if window is None:
+            window = Window.whole(tuple(raw_latents.shape[2:])).finer(2**num_steps)
+        steps = self._upsample(raw_latents, image, noise, self.plan_windows(window, num_steps))
         sample = steps[-1].contiguous()
         steps = [*steps[:-1], sample] if return_steps else None
         if not return_dict:
@@ -530,26 +532,10 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
             coarse, fine = 2**step, 2 ** (step + 1)
             yield StepNoise(draw(coarse), draw(fine), draw(fine) if self.refiner is not None else None)
 
-    @apply_forward_hook
-    def upsample_window(
-        self,
-        raw_latents: torch.Tensor,
-        *,
-        image: torch.Tensor,
-        noise: Iterable[StepNoise],
-        windows: list[StepWindows],
+    def _upsample(
+        self, raw_latents: torch.Tensor, image: torch.Tensor, noise: Iterable[StepNoise], windows: list[StepWindows]
     ) -> list[torch.Tensor]:
-        """
-        Carry a window of the picture through all steps.
-
-        Args:
-            raw_latents: (B, C, h, w) of the whole picture.
-            image: (B, 3, h * spatial_factor, w * spatial_factor), the whole picture.
-            noise: of every step, see `draw_noise`.
-            windows: of every step, see `plan_windows`.
-        Returns:
-            The result of every step on its `refined` window.
-        """
+        """The result of every step on its `refined` window, from latents and image of the whole picture."""
         whole = Window.whole(tuple(raw_latents.shape[2:]))
         latents = whole.crop(raw_latents, windows[0].entered).contiguous(memory_format=torch.channels_last)
         guides = None

@@ -21,10 +21,14 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     ema: EMAModel | None,
-    config: dict,
+    settings: dict,
     keep: int,
 ) -> Path:
-    """Write `output_dir/checkpoint-<step>` under a temporary name, rename it, and drop all but the newest `keep`."""
+    """
+    Write `output_dir/checkpoint-<step>` under a temporary name, rename it, and drop all but the newest `keep`.
+
+    `settings` are what the run depends on, JSON values by name, for `changed_settings`.
+    """
     final = output_dir / f"{PREFIX}{step}"
     temporary = output_dir / f".{PREFIX}{step}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -39,7 +43,7 @@ def save_checkpoint(
         "scheduler": {k: v for k, v in scheduler.state_dict().items() if isinstance(v, (int, float, bool, list))},
         "ema_step": None if ema is None else ema.optimization_step,
         "bytes": {path.name: path.stat().st_size for path in sorted(temporary.glob("*.safetensors"))},
-        "config": config,
+        "settings": settings,
     }
     (temporary / STATE).write_text(json.dumps(state, indent=2))
     shutil.rmtree(final, ignore_errors=True)
@@ -72,6 +76,24 @@ def load_checkpoint(
             tensor.copy_(shadow[str(index)])
         ema.optimization_step = state["ema_step"]
     return state["step"]
+
+
+def changed_settings(path: Path, settings: dict) -> list[str]:
+    """`name: then -> now` for every setting that is not as it was when the checkpoint `path` was written."""
+    then = json.loads((path / STATE).read_text())["settings"]
+    now = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+    return [f"{name}: {then.get(name)!r} -> {now.get(name)!r}" for name in now if then.get(name) != now.get(name)]
+
+
+def set_aside_later_checkpoints(output_dir: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after `step` to abandoned-checkpoint-<step>, so that nothing resumes from them."""
+    moved = []
+    for path in list_checkpoints(output_dir):
+        if int(path.name.removeprefix(PREFIX)) > step:
+            target = path.with_name(f"abandoned-{path.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            moved.append(path.rename(target))
+    return moved
 
 
 def find_checkpoint(output_dir: Path, request: str) -> tuple[Path | None, list[str]]:

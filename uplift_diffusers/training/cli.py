@@ -1,13 +1,14 @@
 """Command line of `train_latent.py`."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from uplift_diffusers.data.image_folder import ImageFolder
+from uplift_diffusers.data.image_folder import ImageFolder, find_images
 from uplift_diffusers.latent_space import Autoencoder, LatentSpace, load_vae
 from uplift_diffusers.models.uplift import UPLiFTModel
 from uplift_diffusers.training.config import parse_config
@@ -16,8 +17,18 @@ from uplift_diffusers.training.objective import MultiDepthObjective, image_pyram
 from uplift_diffusers.training.recipes import RECIPES
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Parse the flags, load the VAE, train an UPLiFT on its latents, save it."""
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the flags, train, and return the exit code: 1 and one line on stderr for what a person can put right."""
+    try:
+        _train(arguments)
+    except (OSError, ValueError, TypeError, FloatingPointError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _train(arguments: list[str] | None) -> None:
+    """Load the VAE, train an UPLiFT on its latents, save it."""
     selector = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     selector.add_argument("--recipe", choices=tuple(RECIPES), default="sd15")
     selected, rest = selector.parse_known_args(arguments)
@@ -27,15 +38,14 @@ def main(arguments: list[str] | None = None) -> None:
         description=f"Train an UPLiFT on the latents of a VAE. --recipe {' | '.join(RECIPES)}; {selected.recipe}:",
     )
 
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
-    )
+    find_images(config.train_data_dir)  # before anything is loaded
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
     set_seed(config.seed)
     vae = load_vae(config.vae).to(accelerator.device)
     space = LatentSpace.of(vae, config.latent_space)
     multiple = space.spatial_factor * 2 ** max(config.depths)
     if config.resolution % multiple:
-        raise SystemExit(
+        raise ValueError(
             f"`resolution` must be a multiple of {multiple} for depth {max(config.depths)}, got {config.resolution}."
         )
     model = UPLiFTModel(
@@ -59,17 +69,19 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def make_validation(model: UPLiFTModel, vae: Autoencoder, space: LatentSpace, folder: str | Path):
-    """A function that measures 2x and 4x PSNR, in dB, on the centre 256 pixels of every photograph of `folder`."""
+    """A function that measures 2x and 4x PSNR, in dB, on one crop of 256 px of every photograph of `folder`."""
     photographs = ImageFolder(folder, resolution=256, random_crop=True, seed=0)
     images = torch.stack([photographs[0, index] for index in range(len(photographs))]).float() / 255
 
     def validate() -> dict[str, float]:
         sums = {1: 0.0, 2: 0.0}
+        generator = torch.Generator().manual_seed(0)
         for part in images.split(4):
             pyramid = image_pyramid(part.to(model.device), max(sums))
             for depth in sums:
                 latents = space.encode(vae, pyramid[depth])
-                output = space.decode(vae, model(latents, image=pyramid[depth], num_steps=depth).sample)
+                sample = model(latents, image=pyramid[depth], num_steps=depth, generator=generator).sample
+                output = space.decode(vae, sample)
                 mse = (output - pyramid[0]).square().mean(dim=(1, 2, 3))
                 sums[depth] += (-10 * torch.log10(mse)).sum().item()
         return {f"val_psnr_{2**depth}x": total / len(images) for depth, total in sums.items()}

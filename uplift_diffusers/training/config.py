@@ -31,7 +31,7 @@ class TrainingConfig:
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
     use_ema: bool = option(True, "Keep an exponential moving average of the weights and save it as the result.")
     ema_decay: float = option(0.999, "Largest decay of the moving average (it warms up towards it).")
-    mixed_precision: str = option("no", "no, bf16 or fp16 (accelerate's autocast).")
+    mixed_precision: str | None = option(None, "no, bf16 or fp16 (autocast); by default what accelerate is set to.")
     dataloader_num_workers: int = option(0, "Worker processes that read photographs.")
     checkpointing_steps: int = option(500, "Optimiser steps between checkpoints.")
     checkpoints_total_limit: int = option(2, "Checkpoints kept.")
@@ -56,7 +56,7 @@ class TrainingConfig:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
-        if self.mixed_precision not in ("no", "bf16", "fp16"):
+        if self.mixed_precision not in (None, "no", "bf16", "fp16"):
             raise ValueError(f"`mixed_precision` must be no, bf16 or fp16, got {self.mixed_precision!r}.")
         if not self.max_reduction >= 1:
             raise ValueError(f"`max_reduction` must be at least 1, got {self.max_reduction}.")

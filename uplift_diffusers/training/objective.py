@@ -51,7 +51,8 @@ class MultiDepthObjective(nn.Module):
         `loss_d<d>` are the latent terms of each depth, `pixel` the L1 in decoded pixels.
         """
         pyramid = image_pyramid(images, max(self.depths))
-        with torch.no_grad():
+        # In float32 whatever autocast the model runs in: rounded targets are wrong targets.
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             targets = [self.space.encode(self.vae, level).float() for level in pyramid]
 
         drawn = int(torch.randint(len(self.depths), (), generator=generator))
@@ -68,7 +69,7 @@ class MultiDepthObjective(nn.Module):
             )
             if depth == decoded_depth:
                 # Not clamped: a gradient must flow back from values beyond the range.
-                decoded = self.vae.decode(steps[-1]).sample.float() / 2 + 0.5
+                decoded = self.vae.decode(self.space.native(self.vae, steps[-1])).sample.float() / 2 + 0.5
                 losses["pixel"] = F.l1_loss(decoded, images)
         losses["loss"] = sum(value * (self.pixel_weight if name == "pixel" else 1.0) for name, value in losses.items())
         return losses
