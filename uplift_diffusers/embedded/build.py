@@ -26,6 +26,8 @@ def main(arguments: list[str] | None = None) -> None:
         vae=AutoencoderLocal.from_pretrained(options.vae, dtype=torch.float16),
         upsampler=UPLiFTModel.from_pretrained(options.upsampler, dtype=torch.float16),
     )
+    for component in (pipeline.vae, pipeline.upsampler):
+        component.register_to_config(_name_or_path=None)  # where it lay on this machine is nobody's business
     pipeline.save_pretrained(options.output_dir)
     size = sum(path.stat().st_size for path in options.output_dir.rglob("*") if path.is_file())
     print(f"{options.output_dir}: {size / 1e6:.1f} MB")
