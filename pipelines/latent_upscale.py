@@ -89,7 +89,7 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
                 VAEs only an [`AutoencoderLocal`] decodes in tiles as well: the `vae.enable_tiling()` of others is not
                 exact.
             output_type (`str`): `"pil"`; `"np"`, float32 (B, H, W, 3) in [0, 1]; `"pt"`, float32 (B, 3, H, W) in
-                [0, 1]; or `"latent"`, the large latents, scaled.
+                [0, 1]; or `"latent"`, the large latents, scaled, in the dtype of `latents` or else of the VAE.
             return_dict (`bool`): return an [`ImagePipelineOutput`] instead of a tuple.
         Returns:
             `.images`, of round(scale * f*h) by round(scale * f*w) pixels, or latents.

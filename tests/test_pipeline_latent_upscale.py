@@ -173,7 +173,8 @@ def test_half_precision_follows_float32_and_hands_out_float32_images(dtype):
     image = call(pipe.to(dtype))
     assert image.dtype == torch.float32
     assert (image - expected).abs().mean() < 0.01
-    assert call(pipe, "latent").dtype == dtype
+    assert call(pipe, "latent", latents=torch.randn(1, 4, 4, 4, dtype=dtype)).dtype == dtype
+    assert call(pipe, "latent", latents=torch.randn(1, 4, 4, 4)).dtype == torch.float32
 
 
 def test_components_of_different_dtypes_work_together():
