@@ -19,6 +19,7 @@ from uplift_diffusers.data.image_folder import ImageFolder
 from uplift_diffusers.models.autoencoder import AutoencoderLocal
 from uplift_diffusers.training.config import TrainingConfig, option, parse_config
 from uplift_diffusers.training.loop import train
+from uplift_diffusers.training.objective import psnr_from_mse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,20 +66,12 @@ class ReconstructionObjective(nn.Module):
         return {"loss": loss, "psnr": psnr_from_mse(mse.detach() / 4).mean(), "latent_std": latents.detach().std()}
 
 
-def psnr_from_mse(mse: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB from a mean squared error over values in [0, 1]."""
-    return -10 * torch.log10(mse.clamp_min(1e-10))
-
-
 def initial_blocks(dataset: ImageFolder, *, crops: int = 800) -> torch.Tensor:
     """(N, 3, 8, 8) in [-1, 1]: the blocks of the first `crops` crops, every fourth one."""
-    images = torch.stack([dataset[epoch, index] for epoch, index in _pairs(len(dataset), crops)]).float()
+    # An item is an (epoch, index), and so is the quotient and remainder of a running number.
+    images = torch.stack([dataset[divmod(number, len(dataset))] for number in range(crops)]).float()
     blocks = F.unfold(images, 8, stride=8).transpose(1, 2).reshape(-1, 3, 8, 8)
     return blocks[::4] / 127.5 - 1
-
-
-def _pairs(size: int, count: int) -> list[tuple[int, int]]:
-    return [divmod(number, size) for number in range(count)]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from uplift_diffusers.latent_space import Autoencoder, LatentSpace, load_vae
 from uplift_diffusers.models.uplift import UPLiFTModel
 from uplift_diffusers.training.config import parse_config
 from uplift_diffusers.training.loop import train
-from uplift_diffusers.training.objective import MultiDepthObjective, image_pyramid
+from uplift_diffusers.training.objective import MultiDepthObjective, image_pyramid, psnr_from_mse
 from uplift_diffusers.training.recipes import RECIPES
 
 
@@ -83,7 +83,7 @@ def make_validation(model: UPLiFTModel, vae: Autoencoder, space: LatentSpace, fo
                 sample = model(latents, image=pyramid[depth], num_steps=depth, generator=generator).sample
                 output = space.decode(vae, sample)
                 mse = (output - pyramid[0]).square().mean(dim=(1, 2, 3))
-                sums[depth] += (-10 * torch.log10(mse)).sum().item()
+                sums[depth] += psnr_from_mse(mse).sum().item()
         return {f"val_psnr_{2**depth}x": total / len(images) for depth, total in sums.items()}
 
     return validate

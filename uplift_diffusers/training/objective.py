@@ -75,6 +75,11 @@ class MultiDepthObjective(nn.Module):
         return losses
 
 
+def psnr_from_mse(mse: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB from a mean squared error over values in [0, 1]."""
+    return -10 * torch.log10(mse.clamp_min(1e-10))
+
+
 def image_pyramid(images: torch.Tensor, depth: int) -> list[torch.Tensor]:
     """(B, 3, R, R) and its reductions by 2, 4, ..., 2**depth: antialiased bicubic, rounded to 8 bits."""
     pyramid = [images]
