@@ -14,6 +14,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from safetensors.torch import save_file
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -21,6 +22,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
 )
 
 from uplift_diffusers import AutoencoderLocal, UPLiFTModel
@@ -184,6 +187,36 @@ def make_unet(**config) -> UNet2DConditionModel:
         "norm_num_groups": 4,
     }
     return UNet2DConditionModel(**{**settings, **config}).eval()
+
+
+def save_ip_adapter(unet: UNet2DConditionModel, folder: Path) -> None:
+    """`models/ip_adapter.safetensors` and `models/image_encoder/`, as IP-Adapters are published."""
+    torch.manual_seed(10)
+    tokens, width = 4, unet.config.cross_attention_dim
+    weights = {
+        "image_proj.proj.weight": torch.randn(tokens * width, FEATURES),
+        "image_proj.proj.bias": torch.zeros(tokens * width),
+        "image_proj.norm.weight": torch.ones(width),
+        "image_proj.norm.bias": torch.zeros(width),
+    }
+    names = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+    for number, name in enumerate(names):
+        hidden = unet.get_submodule(name.removesuffix(".processor")).to_q.out_features
+        index = 2 * number + 1  # as published: counted with the self-attention in between
+        weights[f"ip_adapter.{index}.to_k_ip.weight"] = torch.randn(hidden, width)
+        weights[f"ip_adapter.{index}.to_v_ip.weight"] = torch.randn(hidden, width)
+    (folder / "models").mkdir()
+    save_file(weights, folder / "models" / "ip_adapter.safetensors")
+    config = CLIPVisionConfig(
+        num_hidden_layers=1,
+        hidden_size=FEATURES,
+        intermediate_size=FEATURES,
+        num_attention_heads=2,
+        projection_dim=FEATURES,
+        image_size=32,
+        patch_size=16,
+    )
+    CLIPVisionModelWithProjection(config).eval().save_pretrained(folder / "models" / "image_encoder")
 
 
 def make_scheduler() -> DDIMScheduler:

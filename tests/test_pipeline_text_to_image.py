@@ -13,6 +13,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
+from diffusers.image_processor import VaeImageProcessor
 
 from tests import components
 from tests.components import seeded, smooth_images, state_of
@@ -209,8 +210,17 @@ def test_custom_timesteps_rule_denoising_and_refinement(folder, monkeypatch):
     assert times == [900, 600, 300, 100, 300, 100]
 
 
-def test_embeds_of_an_image_prompt_reach_denoising_and_refinement(folder, monkeypatch):
-    pipe = make_pipeline(folder)
+@pytest.mark.parametrize("family", ["SD", "SDXL"])
+def test_an_ip_adapter_is_understood_in_denoising_and_refinement(folder, family, tmp_path, monkeypatch):
+    pipe = make_pipeline(folder, family)
+    plain = call(pipe)
+    components.save_ip_adapter(pipe.unet, tmp_path)
+    pipe.load_ip_adapter(tmp_path, subfolder="models", weight_name="ip_adapter.safetensors")
+    picture = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(smooth_images(1, 32, 32)))[0]
+    pipe.set_ip_adapter_scale(0.0)
+    torch.testing.assert_close(call(pipe, ip_adapter_image=picture), plain, rtol=0, atol=1e-5)
+
+    pipe.set_ip_adapter_scale(1.0)
     seen, forward = [], pipe.unet.forward
 
     def counted(*args, **kwargs):
@@ -218,8 +228,12 @@ def test_embeds_of_an_image_prompt_reach_denoising_and_refinement(folder, monkey
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(pipe.unet, "forward", counted)
-    call(pipe, ip_adapter_image_embeds=[torch.zeros(2, 1, components.FEATURES)], refine_strength=0.5)
-    assert seen == [(2, 1, components.FEATURES)] * 6
+    prompted = call(pipe, ip_adapter_image=picture, refine_strength=0.5)
+    assert len(seen) == 6
+    assert set(seen) == {(2, 1, components.FEATURES)}
+    assert (prompted - call(pipe, ip_adapter_image=picture)).abs().max() > 1e-3  # the refinement did something
+    embeds = pipe.prepare_ip_adapter_image_embeds([picture], None, pipe.device, 1, True)
+    torch.testing.assert_close(call(pipe, ip_adapter_image_embeds=embeds, refine_strength=0.5), prompted)
 
 
 def test_refinement_runs_the_last_share_of_the_schedule_at_the_large_size(any_pipe, monkeypatch):
