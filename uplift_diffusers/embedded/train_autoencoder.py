@@ -33,6 +33,11 @@ class AutoencoderTrainingConfig(TrainingConfig):
     max_reduction: float = option(2.0, "Half of the random crops come from a picture reduced by up to this factor.")
     mixed_precision: str = option("bf16", "no, bf16 or fp16 (accelerate's autocast).")
     latent_channels: int = option(40, "Channels of the latents.")
+    encoder_layers_per_block: tuple[int, ...] = option((2, 3), "Residual blocks of the encoder at 1/4 and at 1/8.")
+    decoder_layers_per_block: tuple[int, ...] = option((4, 4), "Residual blocks of the decoder at 1/4 and at 1/8.")
+    pretrained_model: str | None = option(
+        None, "Autoencoder to go on from: a local folder. Residual blocks that it lacks start as the identity."
+    )
     latent_space: str = option("uplift-embedded", "The name under which upsamplers ask for these latents.")
     latent_noise: float = option(0.03, "Deviation of the noise on the latents, whose own is about 1.")
     gradient_weight: float = option(0.5, "Weight of the L1 loss between image gradients.")
@@ -66,6 +71,15 @@ class ReconstructionObjective(nn.Module):
         return {"loss": loss, "psnr": psnr_from_mse(mse.detach() / 4).mean(), "latent_std": latents.detach().std()}
 
 
+def load_pretrained(model: AutoencoderLocal, folder: str) -> None:
+    """Start from another autoencoder of the same widths; residual blocks that it lacks start as the identity."""
+    weights = AutoencoderLocal.from_pretrained(folder).state_dict()
+    for name, value in model.state_dict().items():
+        if name not in weights:
+            weights[name] = torch.zeros_like(value) if ".conv2." in name else value
+    model.load_state_dict(weights)
+
+
 def initial_blocks(dataset: ImageFolder, *, crops: int = 800) -> torch.Tensor:
     """(N, 3, 8, 8) in [-1, 1]: the blocks of the first `crops` crops, every fourth one."""
     # An item is an (epoch, index), and so is the quotient and remainder of a running number.
@@ -79,11 +93,19 @@ def main(arguments: list[str] | None = None) -> None:
     config = parse_config(AutoencoderTrainingConfig, arguments, description=__doc__)
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     set_seed(config.seed)
-    model = AutoencoderLocal(latent_channels=config.latent_channels, latent_space=config.latent_space)
+    model = AutoencoderLocal(
+        latent_channels=config.latent_channels,
+        encoder_layers_per_block=config.encoder_layers_per_block,
+        decoder_layers_per_block=config.decoder_layers_per_block,
+        latent_space=config.latent_space,
+    )
     dataset = ImageFolder(
         config.train_data_dir, resolution=config.resolution, max_reduction=config.max_reduction, seed=config.seed
     )
-    model.fit_linear_code(initial_blocks(dataset))
+    if config.pretrained_model is None:
+        model.fit_linear_code(initial_blocks(dataset))
+    else:
+        load_pretrained(model, config.pretrained_model)
 
     validate = None
     if config.validation_data_dir is not None:
