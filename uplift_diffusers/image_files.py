@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BufferedRandom
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -98,7 +99,7 @@ def find_image_files(folder: Path, *, leave_out: Path | None = None) -> list[Pat
     return sorted(path for path in found if path.suffix.lower() in INPUT_SUFFIXES and os.path.isfile(path))
 
 
-def open_image(path: str | Path) -> OpenedImage:
+def open_image(source: str | Path | BinaryIO) -> OpenedImage:
     """
     Read an image file, all of it, so that a damaged one is found out here.
 
@@ -106,33 +107,20 @@ def open_image(path: str | Path) -> OpenedImage:
         OSError: it cannot be read.
         ValueError: it is no image, is damaged, or is larger than `MAX_INPUT_PIXELS`; the sentence does not name it.
     """
-    if Path(path).stat().st_size == 0:
-        raise ValueError("the file is empty.")
-    with warnings.catch_warnings():
-        # Pillow warns of sizes that are within the limit here, and of damaged metadata, which is told of below.
-        warnings.simplefilter("ignore")
-        try:
-            with Image.open(path) as file:
-                if file.width * file.height > MAX_INPUT_PIXELS:
-                    raise Image.DecompressionBombError
-                frames = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)  # MPO: a photo and previews
-                file.load()
-                metadata, losses = _read_metadata(file)
-                image = turn_upright(file)
-        except UnidentifiedImageError:
-            raise ValueError("not an image, or of a kind that Pillow does not read.") from None
-        except Image.DecompressionBombError:
-            raise ValueError(f"larger than the limit of {MAX_INPUT_PIXELS / 1e6:g} megapixels.") from None
-        except MemoryError:
-            raise
-        except Exception as error:  # what a decoder raises at a damaged file depends on the format and the damage
-            if isinstance(error, OSError) and error.errno is not None:  # from the system: the file cannot be read
-                raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            raise ValueError(f"the image is damaged or cut off ({reason}).") from error
+    with _opened(source) as file:
+        frames = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)  # MPO: a photo and previews
+        file.load()
+        metadata, losses = _read_metadata(file)
+        image = turn_upright(file)
     if frames > 1:
         losses = (f"only the first of {frames} frames is enlarged.", *losses)
     return OpenedImage(image, metadata, losses)
+
+
+def check_image_header(source: str | Path | BinaryIO) -> None:
+    """Raise as `open_image` does, from the beginning of the file alone: what is damaged further on passes."""
+    with _opened(source):
+        pass
 
 
 def save_image(image: Image.Image, path: str | Path, *, metadata: dict[str, bytes] | None = None) -> None:
@@ -155,7 +143,7 @@ def save_image(image: Image.Image, path: str | Path, *, metadata: dict[str, byte
     metadata = dict(metadata or {})
     if not _is_profile_of(metadata.get("icc_profile", b""), image.mode):
         metadata.pop("icc_profile", None)  # a WebP of a greyscale image is RGB
-    with _replaced_when_whole(path) as file:
+    with replaced_when_whole(path) as file:
         image.save(file, format=file_format, **_SAVE_OPTIONS.get(file_format, {}), **metadata)
 
 
@@ -165,6 +153,32 @@ def make_writable_folder(folder: Path) -> None:
     probe = _partial_path(folder)
     probe.touch(exist_ok=False)
     probe.unlink()
+
+
+@contextmanager
+def _opened(source: str | Path | BinaryIO) -> Iterator[Image.Image]:
+    """The image file of a size within the limit; errors, those in the block included, as `open_image` raises them."""
+    if isinstance(source, str | Path) and Path(source).stat().st_size == 0:
+        raise ValueError("the file is empty.")
+    with warnings.catch_warnings():
+        # Pillow warns of sizes that are within the limit here, and of damaged metadata, which is told of elsewhere.
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(source) as file:
+                if file.width * file.height > MAX_INPUT_PIXELS:
+                    raise Image.DecompressionBombError
+                yield file
+        except UnidentifiedImageError:
+            raise ValueError("not an image, or of a kind that Pillow does not read.") from None
+        except Image.DecompressionBombError:
+            raise ValueError(f"larger than the limit of {MAX_INPUT_PIXELS / 1e6:g} megapixels.") from None
+        except MemoryError:
+            raise
+        except Exception as error:  # what a decoder raises at a damaged file depends on the format and the damage
+            if isinstance(error, OSError) and error.errno is not None:  # from the system: the file cannot be read
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            raise ValueError(f"the image is damaged or cut off ({reason}).") from error
 
 
 def _read_metadata(image: Image.Image) -> tuple[dict[str, bytes], tuple[str, ...]]:
@@ -234,7 +248,7 @@ def _fit_format(image: Image.Image, file_format: str) -> Image.Image:
 
 
 @contextmanager
-def _replaced_when_whole(path: Path) -> Iterator[BufferedRandom]:
+def replaced_when_whole(path: Path) -> Iterator[BufferedRandom]:
     """A file to write to that becomes `path` at the end of the block, and vanishes if the block does not get there."""
     partial = _partial_path(path.parent)
     try:

@@ -1,0 +1,243 @@
+"""Fetching the photographs of an Unsplash dataset, whose archive holds their addresses only."""
+
+import csv
+import hashlib
+import io
+import json
+import math
+import re
+import zipfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import httpx
+from tqdm.auto import tqdm
+
+from uplift_diffusers.data.downloads import Failed, Gone, ImageDownloader
+from uplift_diffusers.image_files import make_writable_folder, replaced_when_whole
+
+TERMS = (
+    "Unsplash lets you use the photographs of its Lite dataset internally, to train machine-learning models. You must "
+    "not publish them or pass them on, nor anything that contains them. By downloading them you accept its terms: "
+    "https://unsplash.com/data-terms"
+)
+COLUMNS = ("photo_id", "photo_image_url", "photo_width", "photo_height")
+JPEG_QUALITY = 95
+FAILURES_IN_A_ROW = 25
+"""Photographs given up one after the other, at which it is the connection that has failed."""
+
+_TABLE = re.compile(r"photos\.[ct]sv\d*")  # 1.3.0 and 1.4.0 call it photos.csv000
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A line of the dataset's table; sizes in pixels."""
+
+    photo_id: str
+    url: str
+    width: int
+    height: int
+
+    def resized_url(self, size: int) -> httpx.URL:
+        """The address of a JPEG whose short side has `size` pixels, or as many as there are. Raises InvalidURL."""
+        width = min(self.width, math.ceil(self.width * size / min(self.width, self.height)))
+        return httpx.URL(self.url).copy_merge_params({"w": width, "fm": "jpg", "q": JPEG_QUALITY})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """
+    What became of a photograph.
+
+    Args:
+        photo: which one.
+        status: `fetched`; `gone`, where asking again is no use; or `failed`, where it may be.
+        reason: why not, as a sentence.
+    """
+
+    photo: Photo
+    status: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How many photographs were fetched now, were there already, are gone and failed."""
+
+    fetched: int
+    there: int
+    gone: int
+    failed: int
+
+
+def read_photos(dataset: str | Path, *, sha256: str | None = None) -> list[Photo]:
+    """
+    The photographs that a dataset lists.
+
+    Args:
+        dataset: the archive as it is published (.zip), or the folder that it was unpacked to.
+        sha256: what the SHA-256 of the archive, or of the folder's table of photographs, has to be.
+    Raises:
+        FileNotFoundError: no archive, or no table of photographs in it.
+        ValueError: another SHA-256, or a table that is not one of photographs.
+    """
+    dataset = Path(dataset)
+    if dataset.is_dir():
+        tables = sorted(path for path in dataset.iterdir() if _TABLE.fullmatch(path.name))
+        if sha256 is not None and len(tables) == 1:
+            _check_sha256(tables[0], sha256)
+        elif sha256 is not None and tables:
+            raise ValueError("`sha256` can be checked for an archive or a single table, got a folder of several.")
+        photos = {photo.photo_id: photo for table in tables for photo in _read_table(table.open("rb"), table.name)}
+    elif zipfile.is_zipfile(dataset):
+        if sha256 is not None:
+            _check_sha256(dataset, sha256)
+        with zipfile.ZipFile(dataset) as archive:
+            tables = sorted(name for name in archive.namelist() if _TABLE.fullmatch(PurePosixPath(name).name))
+            photos = {photo.photo_id: photo for table in tables for photo in _read_table(archive.open(table), table)}
+    else:
+        raise FileNotFoundError(f"`{dataset}` is neither a folder nor a zip archive.")
+    if not tables:
+        raise FileNotFoundError(f"`{dataset}` holds no photos.tsv000, which lists the photographs.")
+    return list(photos.values())
+
+
+def fetch_photos(
+    photos: Iterable[Photo],
+    folder: str | Path,
+    *,
+    size: int,
+    jobs: int = 8,
+    downloader: ImageDownloader | None = None,
+) -> Summary:
+    """
+    Download photographs to `folder/<photo_id>.jpg`, several at a time. Those that are there are left as they are.
+
+    Every file appears whole, after its image was decoded. What cannot be had is listed in `folder/unavailable.tsv`,
+    which is written anew each time. `folder/fetch.json` says what the folder holds. One fetch at a time in a folder.
+
+    Args:
+        photos: from `read_photos`.
+        folder: created if need be.
+        size: pixels of the short side; of photographs that are smaller, what there is.
+        jobs: downloads at a time.
+        downloader: what downloads, by default with its own defaults; used up.
+    Raises:
+        ValueError: the folder holds photographs of another size.
+        ConnectionError: `FAILURES_IN_A_ROW` photographs failed in a row.
+        OSError: the folder cannot be written.
+    """
+    folder, photos = Path(folder), list(photos)
+    check_folder(folder, size)
+    for path in folder.glob(".uplift-*.partial"):  # of a fetch that was killed as it wrote
+        path.unlink()
+    there = {path.name for path in folder.iterdir()}
+    waiting = [photo for photo in photos if _file_name(photo) not in there]
+    missing: list[Outcome] = []
+    in_a_row = 0
+    with (
+        downloader or ImageDownloader(connections=jobs) as downloader,
+        ThreadPoolExecutor(jobs) as pool,
+        tqdm(total=len(photos), initial=len(photos) - len(waiting), unit="photo", mininterval=5) as progress,
+    ):
+        futures = [pool.submit(_fetch, photo, folder, size, downloader) for photo in waiting]
+        try:
+            for future in as_completed(futures):
+                outcome = future.result()
+                progress.update()
+                if outcome.status != "fetched":
+                    missing.append(outcome)
+                    progress.set_postfix(unavailable=len(missing), refresh=False)
+                in_a_row = in_a_row + 1 if outcome.status == "failed" else 0
+                if in_a_row == FAILURES_IN_A_ROW:
+                    raise ConnectionError(
+                        f"{in_a_row} photographs in a row could not be fetched, the last one because: "
+                        f"{outcome.reason} Check the connection and run the same command again."
+                    )
+        finally:
+            downloader.stop()
+            pool.shutdown(cancel_futures=True)
+            _write_report(folder / "unavailable.tsv", missing)
+    gone = sum(outcome.status == "gone" for outcome in missing)
+    return Summary(
+        fetched=len(waiting) - len(missing),
+        there=len(photos) - len(waiting),
+        gone=gone,
+        failed=len(missing) - gone,
+    )
+
+
+def check_folder(folder: Path, size: int) -> None:
+    """
+    Create `folder` if need be and note in it what it is for.
+
+    Raises:
+        ValueError: it holds photographs of another size.
+        OSError: it cannot be written.
+    """
+    make_writable_folder(folder)
+    note = folder / "fetch.json"
+    if note.exists():
+        before = json.loads(note.read_text())["size"]
+        if before != size:
+            raise ValueError(f"`size` must be {before}, as in the folder {folder}, got {size}. Name another folder.")
+        return
+    with replaced_when_whole(note) as file:
+        file.write(json.dumps({"size": size, "jpeg_quality": JPEG_QUALITY, "terms": TERMS}, indent=2).encode())
+
+
+def _fetch(photo: Photo, folder: Path, size: int, downloader: ImageDownloader) -> Outcome:
+    try:
+        body = downloader.download(photo.resized_url(size))
+    except (Gone, httpx.InvalidURL) as error:
+        return Outcome(photo, "gone", str(error))
+    except Failed as error:
+        return Outcome(photo, "failed", str(error))
+    with replaced_when_whole(folder / _file_name(photo)) as file:
+        file.write(body)
+    return Outcome(photo, "fetched")
+
+
+def _file_name(photo: Photo) -> str:
+    return f"{photo.photo_id}.jpg"
+
+
+def _read_table(file: BinaryIO, name: str) -> Iterable[Photo]:
+    with io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
+        try:
+            reader = csv.DictReader(text, delimiter="\t")
+            if lacking := [column for column in COLUMNS if column not in (reader.fieldnames or ())]:
+                raise ValueError(f"`{name}` lacks the columns {', '.join(lacking)}.")
+            for row in reader:
+                photo_id = row["photo_id"]
+                if not re.fullmatch(r"[A-Za-z0-9_-]+", photo_id):
+                    raise ValueError(f"`{name}`, line {reader.line_num}: {photo_id!r} is not a photo_id.")
+                try:
+                    width, height = int(row["photo_width"]), int(row["photo_height"])
+                except (TypeError, ValueError):  # TypeError: None, of a line cut off
+                    width = height = 0
+                if min(width, height) < 1:
+                    size = f"{row['photo_width']} x {row['photo_height']}"
+                    raise ValueError(f"`{name}`, line {reader.line_num}: a size of {size} pixels.")
+                yield Photo(photo_id, row["photo_image_url"], width, height)
+        except (csv.Error, UnicodeDecodeError, zipfile.BadZipFile) as error:
+            raise ValueError(f"`{name}` is damaged at line {reader.line_num}: {error}.") from error
+
+
+def _check_sha256(path: Path, expected: str) -> None:
+    with path.open("rb") as file:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != expected.lower():
+        raise ValueError(f"`{path}` must have the SHA-256 {expected.lower()}, got {actual}. Download it again.")
+
+
+def _write_report(path: Path, missing: list[Outcome]) -> None:
+    lines = ["photo_id\tstatus\treason\turl"]
+    for outcome in sorted(missing, key=lambda outcome: outcome.photo.photo_id):
+        reason = " ".join(outcome.reason.split())
+        lines.append(f"{outcome.photo.photo_id}\t{outcome.status}\t{reason}\t{outcome.photo.url}")
+    with replaced_when_whole(path) as file:
+        file.write(("\n".join(lines) + "\n").encode())
