@@ -4,7 +4,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 
-from uplift_diffusers.images import ImageInput, read_pictures
+from uplift_diffusers.images import ImageInput, read_batch
 from uplift_diffusers.latent_space import LatentSpace
 from uplift_diffusers.models.autoencoder import AutoencoderLocal
 from uplift_diffusers.models.uplift import UPLiFTModel
@@ -100,7 +100,7 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
         space, device = self.latent_space, self._execution_device
         space.check_upsampler(self.upsampler)
         num_steps = check_request(scale=scale, adain_factor=adain_factor, output_type=output_type, tile_size=tile_size)
-        guide = None if image is None else self._stack_guides(image)
+        guide = None if image is None else read_batch(image)
         self._check_inputs(latents, guide, generator)
 
         # 2. Complete the pair of latents and guide image
@@ -140,14 +140,6 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
             images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _stack_guides(self, image: ImageInput) -> torch.Tensor:
-        """(B, 3, H, W) in [0, 1]."""
-        guides = [picture.color for picture in read_pictures(image)]
-        sizes = {tuple(guide.shape[1:]) for guide in guides}
-        if len(sizes) > 1:
-            raise ValueError(f"`image` must hold images of one size, got {sorted(sizes)} (height, width).")
-        return torch.stack(guides)
 
     def _check_inputs(
         self,

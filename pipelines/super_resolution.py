@@ -1,20 +1,22 @@
 """UPLiFTSuperResolutionPipeline: an image in, a larger image out."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ImagePipelineOutput
 
-from uplift_diffusers.images import ImageInput, Picture, pad_to_multiple, read_pictures
+from uplift_diffusers.images import ImageInput, Picture, assemble_pil, pad_to_multiple, read_pictures
 from uplift_diffusers.latent_space import LatentSpace
 from uplift_diffusers.models.autoencoder import AutoencoderLocal
 from uplift_diffusers.models.uplift import UPLiFTModel
-from uplift_diffusers.scale import num_steps_for_scale
+from uplift_diffusers.scale import num_steps_for_scale, scaled_size
 from uplift_diffusers.upscale_stage import (
     TileSize,
     check_generator,
     check_tile_size,
-    decode_to_scale,
+    decode_strips_to_scale,
     resolve_tile_size,
     upscale_raw_latents,
 )
@@ -105,26 +107,29 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
         generators = generator if isinstance(generator, list) else [generator] * len(pictures)
 
         # 2. Enlarge, one picture at a time: sizes differ, and a picture's result must not depend on its neighbours
-        enlarged = []
+        images = []
         with self.progress_bar(total=len(pictures)) as progress:
             for picture, picture_generator in zip(pictures, generators, strict=True):
+                strips, alpha = [picture.color], picture.alpha
+                size = scaled_size((picture.height, picture.width), scale)
                 if scale != 1:
-                    picture = self._enlarge(
+                    strips = self._enlarge(
                         picture, scale=scale, num_steps=num_steps, generator=picture_generator, tile_size=tile_size
                     )
-                enlarged.append(picture)
+                    if alpha is not None:
+                        alpha = F.interpolate(alpha[None], size=size, mode="bicubic").clamp_(0, 1)[0]
+                if output_type == "pil":
+                    images.append(assemble_pil(strips, size, alpha=alpha, mode=picture.mode))
+                else:
+                    images.append(Picture(torch.cat(list(strips), dim=1), alpha).to_tensor())
                 progress.update()
         self.maybe_free_model_hooks()
 
         # 3. Hand back in the form that was asked for
-        if output_type == "pil":
-            images = [picture.to_pil() for picture in enlarged]
-        else:
-            tensors = [picture.to_tensor() for picture in enlarged]
-            arrays = tensors if output_type == "pt" else [tensor.permute(1, 2, 0).numpy() for tensor in tensors]
-            same_size = len({array.shape for array in arrays}) == 1
-            stack = torch.stack if output_type == "pt" else np.stack
-            images = stack(arrays) if same_size else arrays
+        if output_type == "np":
+            images = [tensor.permute(1, 2, 0).numpy() for tensor in images]
+        if output_type != "pil" and len({image.shape for image in images}) == 1:
+            images = (np if output_type == "np" else torch).stack(images)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _enlarge(
@@ -135,7 +140,8 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
         num_steps: int,
         generator: torch.Generator | None,
         tile_size: TileSize,
-    ) -> Picture:
+    ) -> Iterator[torch.Tensor]:
+        """The enlarged colour from top to bottom, in strips (3, rows, round(scale * width)) on the CPU."""
         device, space = self._execution_device, self.latent_space
         size = (picture.height, picture.width)
         tile_size = resolve_tile_size(tile_size, size)
@@ -150,7 +156,7 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
             generator=generator,
             tile_size=tile_size,
         )  # (1, C, 2**n * h, 2**n * w)
-        color = decode_to_scale(
+        strips = decode_strips_to_scale(
             raw_latents,
             space=space,
             vae=self.vae,
@@ -158,9 +164,5 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
             num_steps=num_steps,
             scale=scale,
             tile_size=tile_size,
-        )[0].cpu()
-
-        alpha = None
-        if picture.alpha is not None:
-            alpha = F.interpolate(picture.alpha[None], size=color.shape[1:], mode="bicubic").clamp(0, 1)[0]
-        return Picture(color, alpha, picture.mode)
+        )  # (1, 3, rows, round(scale * width)) each
+        return (strip[0].cpu() for strip in strips)

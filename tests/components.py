@@ -12,6 +12,7 @@ from diffusers import (
     DDIMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    UNet2DModel,
 )
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from safetensors.torch import save_file
@@ -26,7 +27,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from uplift_diffusers import AutoencoderLocal, UPLiFTModel
+from uplift_diffusers import AutoencoderLocal, LatentSpace, UPLiFTModel
+from uplift_diffusers.flow_matching import name_latents
 
 FEATURES = 16
 """Width of the text encoders, which is what the U-Nets attend to."""
@@ -137,6 +139,25 @@ def make_upsampler(latent_space: str = "sd15-vae", latent_channels: int = 4, spa
         refiner_residual=True,
         noise_channels=4,
     ).eval()
+
+
+def make_flow_unet(space: LatentSpace) -> UNet2DModel:
+    """A network with all parts of the published CFM's, trained for nothing."""
+    torch.manual_seed(10)
+    unet = UNet2DModel(
+        in_channels=2 * space.channels,
+        out_channels=space.channels,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+        norm_num_groups=4,
+        attn_norm_num_groups=4,
+        resnet_time_scale_shift="scale_shift",
+    )
+    name_latents(unet, space)
+    return unet.eval()
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:

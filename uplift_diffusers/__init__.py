@@ -13,6 +13,7 @@ if (_ROOT / "pyproject.toml").is_file() and str(_ROOT) not in __path__:
 
 _EXPORTS = {
     "AutoencoderLocal": "uplift_diffusers.models.autoencoder",
+    "CFMLatentUpscalePipeline": "uplift_diffusers.pipelines.cfm_latent_upscale",
     "LatentSpace": "uplift_diffusers.latent_space",
     "UPLiFTLatentUpscalePipeline": "uplift_diffusers.pipelines.latent_upscale",
     "UPLiFTLatentUpscaleStep": "uplift_diffusers.modular",

@@ -1,5 +1,6 @@
 """The input boundary: whatever a person calls an image becomes one kind of tensor, and goes back as it came."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,16 +38,33 @@ class Picture:
 
     def to_pil(self) -> Image.Image:
         """As an image of the mode it came in: greyscale stays greyscale, alpha is kept, 16-bit stays 16-bit."""
-        color = self.color.mean(dim=0, keepdim=True) if self.mode in ("L", "LA", "I;16") else self.color
-        if self.mode == "I;16":
-            return Image.fromarray(_quantize(color[0], 65535).astype(np.uint16))
-        channels = color if self.alpha is None else torch.cat([color, self.alpha])
-        array = _quantize(channels, 255).astype(np.uint8).transpose(1, 2, 0)  # (H, W, channels)
-        return Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array, mode=None)
+        return assemble_pil([self.color], (self.height, self.width), alpha=self.alpha, mode=self.mode)
 
     def to_tensor(self) -> torch.Tensor:
         """(3, H, W), or (4, H, W) with alpha, float32 in [0, 1]."""
         return self.color if self.alpha is None else torch.cat([self.color, self.alpha])
+
+
+def assemble_pil(
+    strips: Iterable[torch.Tensor], size: tuple[int, int], *, alpha: torch.Tensor | None = None, mode: str = "RGB"
+) -> Image.Image:
+    """
+    The image of a [`Picture`] whose colour comes in strips, from top to bottom, so that it never is there as floats.
+
+    Args:
+        strips: (3, rows, W) each, as `Picture.color`.
+        size: height and width.
+        alpha, mode: as those of the picture.
+    """
+    image = Image.new(mode, size[::-1])
+    top = 0
+    for strip in strips:
+        for rows in strip.split(256, dim=1):
+            bottom = top + rows.shape[1]
+            rows_alpha = None if alpha is None else alpha[:, top:bottom]
+            image.paste(_strip_to_pil(rows, rows_alpha, mode), (0, top))
+            top = bottom
+    return image
 
 
 def read_pictures(image: ImageInput) -> list[Picture]:
@@ -90,7 +108,26 @@ def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Resize (B, C, H, W) in [0, 1] to `size` (height, width) by antialiased bicubic interpolation, clamped."""
     if tuple(image.shape[2:]) == tuple(size):
         return image
-    return F.interpolate(image, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+    return interpolate(image, size).clamp(0, 1)
+
+
+def read_batch(image: ImageInput) -> torch.Tensor:
+    """
+    Read images of one size as (B, 3, H, W) in [0, 1], without their alpha.
+
+    Raises:
+        TypeError, ValueError: as `read_pictures`; or sizes differ.
+    """
+    colors = [picture.color for picture in read_pictures(image)]
+    sizes = {tuple(color.shape[1:]) for color in colors}
+    if len(sizes) > 1:
+        raise ValueError(f"`image` must hold images of one size, got {sorted(sizes)} (height, width).")
+    return torch.stack(colors)
+
+
+def interpolate(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resize (B, C, H, W) to `size` (height, width) by antialiased bicubic interpolation, not clamped."""
+    return F.interpolate(image, size=size, mode="bicubic", antialias=True)
 
 
 def pad_to_multiple(image: torch.Tensor, factor: int) -> torch.Tensor:
@@ -153,6 +190,15 @@ def _from_array(array: np.ndarray) -> Picture:
     else:
         mode = "LA" if has_alpha else ("I;16" if array.dtype == np.uint16 else "L")
     return Picture(color.expand(3, -1, -1).contiguous(), alpha, mode)
+
+
+def _strip_to_pil(color: torch.Tensor, alpha: torch.Tensor | None, mode: str) -> Image.Image:
+    color = color.mean(dim=0, keepdim=True) if mode in ("L", "LA", "I;16") else color
+    if mode == "I;16":
+        return Image.fromarray(_quantize(color[0], 65535).astype(np.uint16))
+    channels = color if alpha is None else torch.cat([color, alpha])
+    array = _quantize(channels, 255).astype(np.uint8).transpose(1, 2, 0)  # (H, W, channels)
+    return Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array)
 
 
 def _quantize(values: torch.Tensor, levels: int) -> np.ndarray:

@@ -5,6 +5,14 @@ import math
 MAX_SCALE = 16
 
 
+def check_scale(scale: float) -> None:
+    """Raise TypeError or ValueError unless `scale` is a number from 1 to 16."""
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"`scale` must be a number, got {type(scale).__name__}.")
+    if not 1 <= scale <= MAX_SCALE:  # False for NaN too
+        raise ValueError(f"`scale` must be from 1 to {MAX_SCALE}, got {scale}.")
+
+
 def num_steps_for_scale(scale: float, *, latent_output: bool = False) -> int:
     """
     The number of 2x steps that reach `scale` or overshoot it.
@@ -18,10 +26,7 @@ def num_steps_for_scale(scale: float, *, latent_output: bool = False) -> int:
         TypeError: not a number.
         ValueError: out of range, NaN, or no power of two where one is needed.
     """
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"`scale` must be a number, got {type(scale).__name__}.")
-    if not 1 <= scale <= MAX_SCALE:  # False for NaN too
-        raise ValueError(f"`scale` must be from 1 to {MAX_SCALE}, got {scale}.")
+    check_scale(scale)
     num_steps = math.ceil(math.log2(scale))
     if latent_output and scale != 2**num_steps:
         raise ValueError(

@@ -1,10 +1,12 @@
 """The upscale stage that the pipelines share: check, complete the guide, upsample, correct the colour, decode."""
 
+from collections.abc import Iterator
+
 import torch
 from diffusers import AutoencoderTiny
 
 from uplift_diffusers.functional import match_channel_statistics
-from uplift_diffusers.images import resize
+from uplift_diffusers.images import interpolate
 from uplift_diffusers.latent_space import Autoencoder, LatentSpace
 from uplift_diffusers.models.uplift import Generator, UPLiFTModel
 from uplift_diffusers.scale import num_steps_for_scale, scaled_size
@@ -111,11 +113,14 @@ def upscale_raw_latents(
     if num_steps == 0:
         return raw_latents
     tile_size = resolve_tile_size(tile_size, tuple(guide.shape[2:]))
-    arguments = {"image": guide.to(raw_latents.device), "num_steps": num_steps, "generator": generator}
+    latents = raw_latents.to(upsampler.dtype)
+    arguments = {"image": guide.to(raw_latents.device), "num_steps": num_steps}
     if tile_size is None:
-        upsampled = upsampler(raw_latents.to(upsampler.dtype), **arguments).sample
+        # Drawn here, for a compiled upsampler takes no generator.
+        noise = list(upsampler.draw_noise(latents, num_steps, generator))
+        upsampled = upsampler(latents, **arguments, noise=noise).sample
     else:
-        upsampled = upsample_tiled(upsampler, raw_latents.to(upsampler.dtype), **arguments, tile_size=tile_size)
+        upsampled = upsample_tiled(upsampler, latents, **arguments, generator=generator, tile_size=tile_size)
     if not torch.isfinite(upsampled).all():
         raise ValueError(
             f"`upsampler` must give finite latents, got NaN or infinity in {upsampler.dtype}. "
@@ -124,7 +129,19 @@ def upscale_raw_latents(
     return match_channel_statistics(upsampled, raw_latents, adain_factor)
 
 
-def decode_to_scale(
+def decode_to_scale(raw_latents: torch.Tensor, **settings) -> torch.Tensor:
+    """
+    Decode upscaled raw latents, cut what the image was padded by, and reduce it to its exact size.
+
+    Args, Raises: see `decode_strips_to_scale`.
+    Returns:
+        (B, 3, round(scale * height), round(scale * width)) float32 in [0, 1].
+    """
+    strips = list(decode_strips_to_scale(raw_latents, **settings))
+    return strips[0] if len(strips) == 1 else torch.cat(strips, dim=2)
+
+
+def decode_strips_to_scale(
     raw_latents: torch.Tensor,
     *,
     space: LatentSpace,
@@ -133,20 +150,51 @@ def decode_to_scale(
     num_steps: int,
     scale: float,
     tile_size: TileSize = None,
-) -> torch.Tensor:
+) -> Iterator[torch.Tensor]:
     """
-    Decode upscaled raw latents, cut what the image was padded by, and reduce it to its exact size.
+    The rows of what `decode_to_scale` gives, from top to bottom, so that it need not lie in memory whole.
 
     Args:
+        raw_latents: (B, C, h, w), as `upscale_raw_latents` gives them.
         size: (height, width) in pixels of the image before it was padded and upscaled.
         num_steps: number of 2x steps that were made.
+        scale: of the output, at most 2**num_steps.
         tile_size: as for `upscale_raw_latents`; looked at for an AutoencoderLocal, see `LatentSpace.decode`.
     Returns:
-        (B, 3, round(scale * height), round(scale * width)) float32 in [0, 1].
+        An iterator over (B, 3, rows, round(scale * width)) float32 in [0, 1]: strips where there are tiles and `scale`
+        is 2**num_steps, else the whole.
     """
     tile_size = resolve_tile_size(tile_size, size)
     # A decoder is lighter than an upsampler, and larger tiles have less halo.
     decoder_tile_size = None if tile_size is None else 2 * tile_size
-    image = space.decode(vae, raw_latents, tile_size=decoder_tile_size)  # (B, 3, 2**n * f*h, 2**n * f*w)
-    image = image[..., : size[0] * 2**num_steps, : size[1] * 2**num_steps]
-    return resize(image, scaled_size(size, scale))
+    made, wanted = scaled_size(size, 2**num_steps), scaled_size(size, scale)
+    strips = _crop_strips(space.decode_strips(vae, raw_latents, tile_size=decoder_tile_size), made)
+    if made == wanted:
+        yield from strips
+    else:
+        yield _reduce_strips(strips, made[0], wanted)
+
+
+def _crop_strips(strips: Iterator[torch.Tensor], size: tuple[int, int]) -> Iterator[torch.Tensor]:
+    """The first `size` (height, width) pixels of a picture."""
+    height, width = size
+    for strip in strips:
+        strip = strip[..., : max(height, 0), :width]
+        height -= strip.shape[2]
+        if strip.shape[2]:
+            yield strip
+
+
+def _reduce_strips(strips: Iterator[torch.Tensor], height: int, size: tuple[int, int]) -> torch.Tensor:
+    """`images.resize` of the picture of `height` that is made of `strips`, with little memory beside the result."""
+    rows = None
+    top = 0
+    # The interpolation is separable: widths first, strip by strip, then heights, which never grow and so fit in place.
+    for strip in strips:
+        narrow = interpolate(strip, (strip.shape[2], size[1]))
+        rows = narrow.new_empty(*narrow.shape[:2], height, size[1]) if rows is None else rows
+        rows[:, :, top : top + strip.shape[2]] = narrow
+        top += strip.shape[2]
+    for columns in rows.split(256, dim=3):
+        columns[:, :, : size[0]] = interpolate(columns, (size[0], columns.shape[3]))
+    return rows[:, :, : size[0]].clamp_(0, 1)
