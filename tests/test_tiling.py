@@ -38,6 +38,8 @@ FAMILIES = {
         "noise_channels": 0,
     },
     "refiner residual": {"refiner_residual": True, "neighborhood": 25, "refiner_layers": 2},
+    "image residual": {"image_residual": True, "norm_type": "bias", "noise_channels": 0},
+    "image residual, patch 14": {"image_residual": True, "spatial_factor": 14, "encoder_spatial_factor": 16},
     "neighborhood 5": {"neighborhood": 5, "refiner_layers": 0},
     "neighborhood 9": {"neighborhood": 9, "noise_channels": 0, "decoder_layers": (2, 1)},
     "neighborhood 13": {"neighborhood": 13, "refiner_layers": 1, "decoder_layers": (1, 1)},
@@ -58,6 +60,8 @@ def make_model(**settings):
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(std=0.1)
             module.running_var.uniform_(0.5, 1.5)
+    if model.config.image_residual:
+        model.refiner.conv_out.reset_parameters()  # it starts at zero
     return model
 
 

@@ -19,7 +19,18 @@ class ChannelLayerNorm(nn.LayerNorm):
         return super().forward(hidden.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-NORMS = {"layer_norm": ChannelLayerNorm, "batch_norm": nn.BatchNorm2d}
+class ChannelBias(nn.Module):
+    """A bias for every channel of (B, C, H, W), in the place of a norm: contrast stays what it is."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels, 1, 1))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + self.bias
+
+
+NORMS = {"layer_norm": ChannelLayerNorm, "batch_norm": nn.BatchNorm2d, "bias": ChannelBias}
 
 
 def add_shared_channels(hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -104,6 +115,7 @@ class ConvGroup(nn.Module):
             ConvBlock(out_channels if index else in_channels, out_channels, num_convs=num_convs, norm_type=norm_type)
             for index in range(num_layers)
         )
+        self.gradient_checkpointing = False  # set, with the function, by `ModelMixin.enable_gradient_checkpointing`
 
     @property
     def reach(self) -> int:
@@ -120,6 +132,10 @@ class ConvGroup(nn.Module):
         """
         if margins != NO_MARGINS:
             return run_trimmed(self.layers, hidden, margins)
-        for layer in self.layers[:-1]:
-            hidden = layer(hidden)
-        return self.layers[-1](hidden, stride)
+        for index, layer in enumerate(self.layers):
+            inputs = (hidden, stride if index == len(self.layers) - 1 else 1)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden = self._gradient_checkpointing_func(layer, *inputs)
+            else:
+                hidden = layer(*inputs)
+        return hidden

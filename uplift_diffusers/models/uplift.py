@@ -30,6 +30,7 @@ from uplift_diffusers.models.conversion import (
     variant_from_name,
 )
 from uplift_diffusers.models.hub import CheckpointSource
+from uplift_diffusers.models.image_residual import ImageResidual
 from uplift_diffusers.models.window import NO_MARGINS, Margins, Window, trim
 
 Generator = torch.Generator | list[torch.Generator] | None
@@ -233,23 +234,35 @@ class UPLiFTRefiner(nn.Module):
         norm_type: str,
         noise_channels: int,
         residual: bool,
+        estimate_channels: int,
     ):
         super().__init__()
         self.residual = residual
         self.blocks = ConvGroup(
-            latent_channels + guide_channels + noise_channels,
+            latent_channels + guide_channels + noise_channels + estimate_channels,
             channels,
             num_layers=num_layers,
             num_convs=num_convs,
             norm_type=norm_type,
         )
         self.conv_out = nn.Conv2d(channels, latent_channels, 1)
+        if estimate_channels:
+            nn.init.zeros_(self.conv_out.weight)
+            nn.init.zeros_(self.conv_out.bias)
 
     def forward(
-        self, latents: torch.Tensor, guide: torch.Tensor, noise: torch.Tensor, margins: Margins = NO_MARGINS
+        self,
+        latents: torch.Tensor,
+        guide: torch.Tensor,
+        noise: torch.Tensor,
+        estimate: torch.Tensor | None,
+        margins: Margins = NO_MARGINS,
     ) -> torch.Tensor:
-        """(B, C, H, W), guide and noise of the same size -> (B, C, H, W) without `margins`."""
-        refined = self.conv_out(self.blocks(_concatenate(latents, guide, noise), margins=margins))
+        """(B, C, H, W), guide, noise and estimate of the same size -> (B, C, H, W) without `margins`."""
+        parts = (latents, guide, noise) if estimate is None else (latents, guide, noise, estimate)
+        refined = self.conv_out(self.blocks(_concatenate(*parts), margins=margins))
+        if estimate is not None:
+            return trim(estimate, margins) + refined
         return trim(latents, margins) + refined if self.residual else refined
 
 
@@ -277,15 +290,19 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         refiner_channels (`int`): width of the refiner.
         refiner_layers (`int`): blocks of the refiner; 0 leaves it out.
         refiner_residual (`bool`): add the attended latents to the refiner's output.
+        image_residual (`bool`): add a linear estimate from the image's pixels to the refiner's output, and let the
+            refiner see it, so that the network has to learn only what is not linear; see `ImageResidual`.
         noise_channels (`int`): channels of standard normal noise concatenated at each of the step's three inputs.
         encoder_convs_per_block (`int`): 3x3 convolutions in a block of the encoder.
         decoder_convs_per_block (`int`): 3x3 convolutions in a block of the decoder and the refiner.
-        norm_type (`str`): `"layer_norm"` (over channels) or `"batch_norm"`.
+        norm_type (`str`): `"layer_norm"` (over channels), `"batch_norm"`, or `"bias"`: none, a bias in its place.
         reencode_image (`bool`): encode the image anew at every step, magnified bilinearly, as LiFT does.
     Raises:
         ValueError: an argument out of its range.
     Source: Walmer et al. 2026, section 3; LiFT: Suri et al. 2024.
     """
+
+    _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(
@@ -304,6 +321,7 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         refiner_channels: int = 512,
         refiner_layers: int = 12,
         refiner_residual: bool = False,
+        image_residual: bool = False,
         noise_channels: int = 4,
         encoder_convs_per_block: int = 1,
         decoder_convs_per_block: int = 1,
@@ -340,11 +358,13 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
                 num_layers=refiner_layers,
                 noise_channels=noise_channels,
                 residual=refiner_residual,
+                estimate_channels=latent_channels if image_residual else 0,
                 **settings,
             )
             if refiner_layers
             else None
         )
+        self.estimator = ImageResidual(latent_channels, spatial_factor) if image_residual else None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "UPLiFTModel":
@@ -525,7 +545,10 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
             shape = (batch, self.config.noise_channels, height * factor, width * factor)
             if not self.config.noise_channels:
                 return raw_latents.new_empty(shape)
-            noise = randn_tensor(shape, generator=generator, device=raw_latents.device, dtype=torch.float32)
+            if generator is None:  # torch.compile does not take `generator=None` where sizes are symbolic
+                noise = torch.randn(shape, device=raw_latents.device, dtype=torch.float32)
+            else:
+                noise = randn_tensor(shape, generator=generator, device=raw_latents.device, dtype=torch.float32)
             return noise.to(raw_latents.dtype)
 
         for step in range(num_steps):
@@ -551,7 +574,10 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
                     finest=2 ** (last_use + 1),
                     like=raw_latents,
                 )
-            latents = self._upsample_2x(latents, guides, step_noise, step_windows)
+            estimate = None
+            if self.estimator is not None:
+                estimate = self.estimator(image, step, step_windows.attended)
+            latents = self._upsample_2x(latents, guides, step_noise, estimate, step_windows)
             steps.append(latents)
         return steps
 
@@ -587,7 +613,12 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         return Guides(before_last, last, cells, positions)
 
     def _upsample_2x(
-        self, latents: torch.Tensor, guides: Guides, noise: StepNoise, windows: StepWindows
+        self,
+        latents: torch.Tensor,
+        guides: Guides,
+        noise: StepNoise,
+        estimate: torch.Tensor | None,
+        windows: StepWindows,
     ) -> torch.Tensor:
         """(B, C, h, w) on `windows.entered` -> (B, C, 2h, 2w) on `windows.refined`."""
         entered, upsampled, attended, refined = windows
@@ -611,6 +642,7 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
                 output,
                 guides.sample(guides.last, attended),
                 fine.crop(noise.refiner, attended),
+                estimate,
                 attended.margins(refined),
             )
         return output
@@ -690,6 +722,10 @@ def _check_config(**config) -> None:
         )
     if len(config["decoder_layers"]) != 2 or min(config["decoder_layers"]) < 1:
         raise ValueError(f"`decoder_layers` must be two numbers of at least 1, got {config['decoder_layers']}.")
+    if config["image_residual"] and (
+        not config["refiner_layers"] or config["refiner_residual"] or config["spatial_factor"] % 2
+    ):
+        raise ValueError("`image_residual` must go with a refiner, without `refiner_residual`, and an even factor.")
     for name, known in (
         ("norm_type", tuple(NORMS)),
         ("image_normalization", tuple(IMAGE_NORMALIZATIONS)),
