@@ -1,5 +1,6 @@
-"""A hub on this machine: as much of the Hugging Face hub's protocol as `huggingface_hub` needs to load a model."""
+"""A hub on this machine: as much of the Hugging Face hub's protocol as `huggingface_hub` needs to load and upload."""
 
+import base64
 import hashlib
 import json
 import re
@@ -15,6 +16,13 @@ _ROUTES = (
     ("tree", re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)")),
     ("file", re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")),
 )
+_UPLOAD_ROUTES = {
+    "create": re.compile(r"/api/repos/create"),
+    "validate": re.compile(r"/api/validate-yaml"),
+    "preupload": re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/main"),
+    "batch": re.compile(r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch"),
+    "commit": re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/main"),
+}
 
 
 class HubServer:
@@ -31,6 +39,7 @@ class HubServer:
         cut_after: bytes after which the connection drops while a file is sent, by the file's name; each answer uses up
             one entry of the list.
         broken: answer everything with 503.
+        write_token: access token that lets its bearer, "owner", create repositories and upload; None: nobody may.
     """
 
     def __init__(self, root: Path):
@@ -40,6 +49,8 @@ class HubServer:
         self.gated: set[str] = set()
         self.cut_after: dict[str, list[int]] = {}
         self.broken = False
+        self.write_token: str | None = None
+        self.large_files: dict[str, bytes] = {}  # uploaded and not yet committed, by SHA-256
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._http.hub = self
         self.url = f"http://127.0.0.1:{self._http.server_port}"
@@ -87,6 +98,65 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self):
         self._answer()
 
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = urlsplit(self.path).path
+        self.hub.requests.append((self.command, path))
+        if self.headers.get("Authorization") != f"Bearer {self.hub.write_token}":
+            return self._send_json({"error": "Invalid username or password."}, status=401)
+        for name, route in _UPLOAD_ROUTES.items():
+            if match := route.fullmatch(path):
+                return getattr(self, f"_{name}")(body, **match.groupdict())
+        return self._send_error(404)
+
+    def do_PUT(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.hub.requests.append((self.command, self.path))
+        digest = hashlib.sha256(body).hexdigest()
+        if self.path != f"/large-files/{digest}":
+            return self._send_error(400)
+        self.hub.large_files[digest] = body
+        return self._send_json({})
+
+    def _create(self, body: bytes) -> None:
+        asked = json.loads(body)
+        repo = f"{asked.get('organization') or 'owner'}/{asked['name']}"
+        exists = (self.hub.root / repo).is_dir()
+        self.hub.folder(repo)
+        self._send_json({"id": repo, "name": repo, "url": f"{self.hub.url}/{repo}"}, status=409 if exists else 200)
+
+    def _validate(self, body: bytes) -> None:
+        self._send_json({"errors": [], "warnings": []})
+
+    def _preupload(self, body: bytes, repo: str) -> None:
+        files = [
+            {
+                "path": file["path"],
+                "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                "shouldIgnore": False,
+            }
+            for file in json.loads(body)["files"]
+        ]
+        self._send_json({"files": files})
+
+    def _batch(self, body: bytes, repo: str) -> None:
+        objects = [
+            {**item, "actions": {"upload": {"href": f"{self.hub.url}/large-files/{item['oid']}"}}}
+            for item in json.loads(body)["objects"]
+        ]
+        self._send_json({"transfer": "basic", "objects": objects})
+
+    def _commit(self, body: bytes, repo: str) -> None:
+        folder = self.hub.folder(repo)
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                (folder / value["path"]).write_bytes(base64.b64decode(value["content"]))
+            elif line["key"] == "lfsFile":
+                (folder / value["path"]).write_bytes(self.hub.large_files[value["oid"]])
+        sha = _Commit(folder).sha
+        self._send_json({"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{repo}/commit/{sha}"})
+
     def log_message(self, *args):
         pass
 
@@ -113,7 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
         token = self.hub.tokens.get(repo)
         if token is not None and self.headers.get("Authorization") != f"Bearer {token}":
             return self._send_error(401, "RepoNotFound")  # the hub does not tell strangers what exists
-        commit = self._commit(repo, revision or "main")
+        commit = self._find_commit(repo, revision or "main")
         if commit is None:
             return self._send_error(404, "RevisionNotFound")
         if route == "info":
@@ -130,7 +200,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send_error(404, "EntryNotFound", {"X-Repo-Commit": commit.sha})
         return self._send_file(commit, path)
 
-    def _commit(self, repo: str, revision: str) -> _Commit | None:
+    def _find_commit(self, repo: str, revision: str) -> _Commit | None:
         owner = self.hub.root / repo
         for folder in (owner, *owner.parent.glob(f"{owner.name}@*")):
             branch = folder.name.partition("@")[2] or "main"
@@ -163,9 +233,9 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 self.wfile.write(file.read(end - start))
 
-    def _send_json(self, content) -> None:
+    def _send_json(self, content, status: int = 200) -> None:
         body = json.dumps(content).encode()
-        self._send_head(200, len(body), "application/json")
+        self._send_head(status, len(body), "application/json")
         if self.command != "HEAD":
             self.wfile.write(body)
 

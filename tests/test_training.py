@@ -1,99 +1,37 @@
-import dataclasses
-import json
-import signal
-import subprocess
-import sys
-import time
-
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from safetensors.torch import load_file
 
-from uplift_diffusers import AutoencoderLocal, LatentSpace, UPLiFTModel
-from uplift_diffusers.data.image_folder import EpochSampler, ImageFolder, find_images
-from uplift_diffusers.embedded.train_autoencoder import AutoencoderTrainingConfig, initial_blocks
+from tests.training_runs import (
+    SPACE,
+    logged,
+    make_config,
+    make_model,
+    make_objective,
+    make_photographs,
+    make_vae,
+    run_training,
+)
+from uplift_diffusers.data.photographs import Crop, Photographs
+from uplift_diffusers.data.sources import FolderSource
+from uplift_diffusers.embedded import train_autoencoder
+from uplift_diffusers.embedded.train_autoencoder import initial_blocks
 from uplift_diffusers.training import cli
-from uplift_diffusers.training.checkpoints import find_checkpoint, list_checkpoints
-from uplift_diffusers.training.config import parse_config
+from uplift_diffusers.training.checkpoints import list_checkpoints
+from uplift_diffusers.training.logs import Validation
 from uplift_diffusers.training.loop import train
-from uplift_diffusers.training.objective import MultiDepthObjective, image_pyramid
-from uplift_diffusers.training.recipes import EmbeddedTrainingConfig, UpsamplerTrainingConfig
-
-SPACE = LatentSpace("test", 8, 8, 1.0)
+from uplift_diffusers.training.objective import image_pyramid
 
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photographs")
-    rng = np.random.default_rng(0)
-    for index in range(5):
-        blocks = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))
-        (folder / str(index % 2)).mkdir(exist_ok=True)
-        blocks.resize((120 + index, 90), Image.BICUBIC).save(folder / str(index % 2) / f"{index}.png")
-    return folder
+    return make_photographs(tmp_path_factory.mktemp("photographs"))
 
 
-def make_vae():
-    torch.manual_seed(0)
-    return AutoencoderLocal(
-        latent_channels=8,
-        block_out_channels=(8, 8),
-        encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1),
-        latent_space="test",
-    )
-
-
-def make_model(**settings):
-    torch.manual_seed(0)
-    return UPLiFTModel(
-        latent_channels=8,
-        latent_space="test",
-        encoder_block_out_channels=(8, 8),
-        encoder_patch_size=4,
-        decoder_channels=20,
-        refiner_channels=8,
-        refiner_layers=1,
-        **{"noise_channels": 2, **settings},
-    )
-
-
-def make_objective(model, **settings):
-    return MultiDepthObjective(
-        model, make_vae(), SPACE, **{"depths": (1, 2), "latent_noise": 0.5, "pixel_weight": 1.0, **settings}
-    )
-
-
-def make_config(photographs, output_dir, **settings):
-    return EmbeddedTrainingConfig(
-        train_data_dir=str(photographs),
-        output_dir=str(output_dir),
-        vae="unused",
-        **{
-            "resolution": 64,
-            "train_batch_size": 2,
-            "max_train_steps": 6,
-            "checkpointing_steps": 2,
-            "logging_steps": 1,
-            "lr_warmup_steps": 2,
-            "mixed_precision": "no",
-            **settings,
-        },
-    )
-
-
-def run_training(photographs, output_dir, **settings):
-    model = make_model()
-    config = make_config(photographs, output_dir, **settings)
-    train(model, make_objective(model), config, accelerator=Accelerator(cpu=True))
-    return load_file(output_dir / "diffusion_pytorch_model.safetensors")
-
-
-def logged_losses(output_dir):
-    return [json.loads(line)["loss"] for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+def seeded():
+    return torch.Generator().manual_seed(0)
 
 
 def test_loss_is_the_sum_over_depths_and_steps_of_the_papers_terms():
@@ -128,6 +66,37 @@ def test_noise_lands_in_the_starting_latents_and_never_in_targets():
         assert 2 < (start - clean).std() < 4
 
 
+def test_the_encoder_and_the_vae_see_each_image_size_once_a_step():
+    model = make_model()
+    objective = make_objective(model, depths=(1, 2, 3), pixel_weight=0.0)
+    encoded, guides = [], []
+    encode = objective.vae.encode
+    objective.vae.encode = lambda image: encoded.append(image.shape[-1]) or encode(image)
+    model.encoder.register_forward_pre_hook(lambda module, args: guides.append(args[0].shape[-1]))
+    objective(torch.rand(1, 3, 64, 64), generator=torch.Generator().manual_seed(0))["loss"].backward()
+    assert sorted(encoded) == [8, 16, 32, 64]
+    assert sorted(guides) == [8, 16, 32]
+
+
+def test_gradient_checkpointing_gives_the_same_gradients_and_keeps_less():
+    gradients, kept = [], []
+    for enable in (False, True):
+        model = make_model()
+        if enable:
+            model.enable_gradient_checkpointing()
+        objective = make_objective(model)
+        saved = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, saved=saved: saved.setdefault(tensor.data_ptr(), tensor), lambda tensor: tensor
+        ):
+            loss = objective(torch.rand(1, 3, 64, 64, generator=seeded()), generator=seeded())["loss"]
+        kept.append(sum(tensor.nbytes for tensor in saved.values()))
+        loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
+    assert kept[1] < 0.8 * kept[0]
+
+
 def test_pyramid_levels_are_eight_bit_reductions():
     images = torch.rand(1, 3, 32, 32)
     levels = image_pyramid(images, 2)
@@ -137,76 +106,8 @@ def test_pyramid_levels_are_eight_bit_reductions():
 
 def test_training_lowers_the_loss(photographs, tmp_path):
     run_training(photographs, tmp_path, max_train_steps=60, learning_rate=3e-3, checkpointing_steps=100)
-    losses = logged_losses(tmp_path)
+    losses = logged(tmp_path)
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
-
-
-def test_resuming_gives_the_weights_and_losses_of_an_uninterrupted_run(photographs, tmp_path):
-    expected = run_training(photographs, tmp_path / "whole")
-    run_training(photographs, tmp_path / "parts", checkpoints_total_limit=9)
-    # As if the process had been killed between the second checkpoint and the third.
-    (tmp_path / "parts" / "diffusion_pytorch_model.safetensors").unlink()
-    for path in list_checkpoints(tmp_path / "parts")[2:]:
-        for file in path.iterdir():
-            file.unlink()
-        path.rmdir()
-    actual = run_training(photographs, tmp_path / "parts", resume_from_checkpoint="latest")
-    assert actual.keys() == expected.keys()
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
-    assert logged_losses(tmp_path / "parts") == logged_losses(tmp_path / "whole")
-
-
-def test_a_killed_process_resumes_to_the_same_weights(photographs, tmp_path):
-    make_vae().save_pretrained(tmp_path / "vae")
-
-    def start(output_dir):
-        flags = {
-            "recipe": "embedded",
-            "vae": tmp_path / "vae",
-            "train_data_dir": photographs,
-            "output_dir": output_dir,
-            "resolution": 32,
-            "train_batch_size": 1,
-            "max_train_steps": 12,
-            "checkpointing_steps": 2,
-            "mixed_precision": "no",
-            "resume_from_checkpoint": "if-any",
-        }
-        command = [sys.executable, "-c", "from uplift_diffusers.training.cli import main; raise SystemExit(main())"]
-        command += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    assert start(tmp_path / "whole").wait() == 0
-    killed = start(tmp_path / "killed")
-    while not list_checkpoints(tmp_path / "killed") and killed.poll() is None:
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert not (tmp_path / "killed" / "diffusion_pytorch_model.safetensors").exists()
-    assert start(tmp_path / "killed").wait() == 0
-    expected, actual = (
-        load_file(tmp_path / name / "diffusion_pytorch_model.safetensors") for name in ("whole", "killed")
-    )
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
-
-
-def test_a_truncated_checkpoint_is_named_and_skipped(photographs, tmp_path):
-    run_training(photographs, tmp_path, max_train_steps=4)
-    older, newest = list_checkpoints(tmp_path)
-    weights = newest / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    found, problems = find_checkpoint(tmp_path, "latest")
-    assert found == older
-    assert len(problems) == 1
-    assert "checkpoint-4/model.safetensors` is damaged: 100 of" in problems[0]
-
-
-def test_latest_without_a_checkpoint_is_an_error_and_if_any_is_not(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no usable checkpoint"):
-        find_checkpoint(tmp_path, "latest")
-    assert find_checkpoint(tmp_path, "if-any") == (None, [])
-    with pytest.raises(FileNotFoundError, match="is not a checkpoint"):
-        find_checkpoint(tmp_path, str(tmp_path / "checkpoint-7"))
 
 
 def test_a_used_folder_is_refused_unless_resumed(photographs, tmp_path):
@@ -257,19 +158,13 @@ def test_half_a_line_of_the_log_is_dropped(photographs, tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
     run_training(photographs, tmp_path, max_train_steps=4, resume_from_checkpoint="latest")
-    assert len(logged_losses(tmp_path)) == 4
+    assert len(logged(tmp_path)) == 4
 
 
-def test_a_damaged_photograph_is_named(photographs, tmp_path):
-    whole = next(iter(sorted(photographs.rglob("*.png")))).read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"cut\.png: the image is damaged or cut off"):
-        ImageFolder(tmp_path, resolution=32)[0, 0]
-
-
-def test_the_command_ends_with_one_line_where_there_is_nothing_to_train_on(tmp_path, capsys):
-    assert cli.main(["--train_data_dir", str(tmp_path / "none"), "--output_dir", str(tmp_path)]) == 1
-    assert capsys.readouterr().err.strip().endswith("is not a folder.")
+def test_both_commands_end_with_one_line_where_there_is_nothing_to_train_on(tmp_path, capsys):
+    for command in (cli, train_autoencoder):
+        assert command.main(["--train_data_dir", str(tmp_path / "none"), "--output_dir", str(tmp_path)]) == 1
+        assert capsys.readouterr().err.strip().endswith("is not a folder.")
 
 
 def test_only_the_newest_checkpoints_are_kept(photographs, tmp_path):
@@ -282,44 +177,21 @@ def test_a_loss_that_is_not_finite_ends_the_run(photographs, tmp_path):
         run_training(photographs, tmp_path, learning_rate=1e30, max_grad_norm=1e30, max_train_steps=40)
 
 
-def test_crops_follow_from_seed_epoch_and_index_alone(photographs):
-    def dataset(**settings):
-        return ImageFolder(photographs, resolution=32, max_reduction=2.0, **settings)
-
-    assert torch.equal(dataset(seed=1)[2, 3], dataset(seed=1)[2, 3])
-    assert not torch.equal(dataset(seed=1)[2, 3], dataset(seed=1)[3, 3])
-    assert not torch.equal(dataset(seed=1)[2, 3], dataset(seed=2)[2, 3])
-    assert dataset()[0, 0].shape == (3, 32, 32)
-    assert dataset()[0, 0].dtype == torch.uint8
-
-
-def test_crops_may_be_larger_than_the_photographs(photographs):
-    assert ImageFolder(photographs, resolution=128)[0, 0].shape == (3, 128, 128)
-    assert ImageFolder(photographs, resolution=128, random_crop=False)[0, 0].shape == (3, 128, 128)
-
-
-def test_an_epoch_shows_every_photograph_once_whatever_the_start_or_the_processes():
-    whole = [pair for pair, _ in zip(EpochSampler(5, seed=3), range(15))]
-    for epoch in range(3):
-        assert sorted(index for e, index in whole if e == epoch) == list(range(5))
-    resumed = EpochSampler(5, seed=3, start=7)
-    assert [pair for pair, _ in zip(resumed, range(8))] == whole[7:]
-    split = [
-        [pair for pair, _ in zip(EpochSampler(5, seed=3, rank=rank, world_size=2), range(7))] for rank in range(2)
-    ]
-    assert [pair for pairs in zip(*split) for pair in pairs] == whole[:14]
-
-
-def test_folders_without_images_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="No images below"):
-        find_images(tmp_path)
-    with pytest.raises(FileNotFoundError, match="is not a folder"):
-        find_images(tmp_path / "missing")
+def test_epochs_stand_for_the_steps_that_they_take(photographs, tmp_path):
+    # Five photographs, two a step: two epochs are five steps, and an epoch is over in the third.
+    config = make_config(
+        photographs, tmp_path, max_train_steps=None, num_train_epochs=2, validation_steps=None, validation_epochs=1
+    )
+    model = make_model()
+    validate = lambda: Validation({"val": 1.0}, pictures={})  # noqa: E731
+    train(model, make_objective(model), config, accelerator=Accelerator(cpu=True), validate=validate)
+    assert logged(tmp_path, "step") == [1, 2, 3, 3, 4, 5, 5]
+    assert len(logged(tmp_path, "val")) == 2
 
 
 def test_the_linear_code_is_the_principal_components(photographs):
     vae = make_vae()
-    blocks = initial_blocks(ImageFolder(photographs, resolution=64), crops=40)
+    blocks = initial_blocks(Photographs(FolderSource(photographs), Crop(resolution=64)), crops=40)
     vae.fit_linear_code(blocks)
     flat = blocks - blocks.mean(dim=(0, 2, 3))[:, None, None]
     _, _, components = torch.linalg.svd(flat.flatten(1).double(), full_matrices=False)
@@ -329,29 +201,3 @@ def test_the_linear_code_is_the_principal_components(photographs):
         error = vae.decode(latents).sample - blocks
     torch.testing.assert_close(error.square().mean(), (best - flat).square().mean().float(), rtol=1e-3, atol=0)
     assert abs(latents.std().item() - 1) < 0.1
-
-
-def test_flags_are_the_fields_of_the_configuration():
-    arguments = ["--train_data_dir", "a", "--output_dir", "b", "--depths", "1", "3", "--no-use_ema", "--seed", "7"]
-    config = parse_config(UpsamplerTrainingConfig, arguments)
-    assert (config.depths, config.use_ema, config.seed) == ((1, 3), False, 7)
-    assert config.resolution == 1024
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.seed = 1
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--resolutoin", "64"], "unrecognized arguments: --resolutoin"),
-        (["--train_batch_size", "0"], "`train_batch_size` must be at least 1, got 0"),
-        (["--mixed_precision", "int8"], "`mixed_precision` must be no, bf16 or fp16"),
-        (["--learning_rate", "-1"], "`learning_rate` must be above 0"),
-        (["--resolution", "100"], "`resolution` must be a multiple of 8, got 100"),
-    ],
-)
-def test_bad_flags_end_with_one_sentence(flags, message, capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        parse_config(AutoencoderTrainingConfig, ["--train_data_dir", "a", "--output_dir", "b", *flags])
-    assert exit_info.value.code == 2
-    assert message in capsys.readouterr().err

@@ -11,15 +11,18 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch import nn
 
-from uplift_diffusers.data.image_folder import ImageFolder
+from uplift_diffusers.data.photographs import Crop, Photographs
+from uplift_diffusers.data.sources import FolderSource
 from uplift_diffusers.models.autoencoder import AutoencoderLocal
 from uplift_diffusers.training.config import TrainingConfig, option, parse_config
+from uplift_diffusers.training.data import first_crops, open_photographs
+from uplift_diffusers.training.launch import make_accelerator, run_command
+from uplift_diffusers.training.logs import Validation
 from uplift_diffusers.training.loop import train
 from uplift_diffusers.training.objective import psnr_from_mse
+from uplift_diffusers.training.publishing import create_repository, publish
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,7 @@ class AutoencoderTrainingConfig(TrainingConfig):
     pretrained_model: str | None = option(
         None, "Autoencoder to go on from: a local folder. Residual blocks that it lacks start as the identity."
     )
+    freeze_encoder: bool = option(False, "Train the decoder alone: latents, and their upsamplers, stay valid.")
     latent_space: str = option("uplift-embedded", "The name under which upsamplers ask for these latents.")
     latent_noise: float = option(0.03, "Deviation of the noise on the latents, whose own is about 1.")
     gradient_weight: float = option(0.5, "Weight of the L1 loss between image gradients.")
@@ -80,48 +84,63 @@ def load_pretrained(model: AutoencoderLocal, folder: str) -> None:
     model.load_state_dict(weights)
 
 
-def initial_blocks(dataset: ImageFolder, *, crops: int = 800) -> torch.Tensor:
+def initial_blocks(dataset: Photographs, *, crops: int = 800) -> torch.Tensor:
     """(N, 3, 8, 8) in [-1, 1]: the blocks of the first `crops` crops, every fourth one."""
-    # An item is an (epoch, index), and so is the quotient and remainder of a running number.
-    images = torch.stack([dataset[divmod(number, len(dataset))] for number in range(crops)]).float()
+    images = first_crops(dataset, crops).float()
     blocks = F.unfold(images, 8, stride=8).transpose(1, 2).reshape(-1, 3, 8, 8)
     return blocks[::4] / 127.5 - 1
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Parse the flags, fit the linear code, train, save."""
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the flags, train, and return the exit code: 1 and one line on stderr for what a person can put right."""
+    return run_command(_train, arguments)
+
+
+def _train(arguments: list[str] | None) -> None:
+    """Fit the linear code, or load what to go on from, train, save."""
     config = parse_config(AutoencoderTrainingConfig, arguments, description=__doc__)
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    set_seed(config.seed)
+    photographs = open_photographs(config)  # before anything is loaded
+    accelerator = make_accelerator(config)
+    repository = create_repository(config) if accelerator.is_main_process else None
     model = AutoencoderLocal(
         latent_channels=config.latent_channels,
         encoder_layers_per_block=config.encoder_layers_per_block,
         decoder_layers_per_block=config.decoder_layers_per_block,
         latent_space=config.latent_space,
     )
-    dataset = ImageFolder(
-        config.train_data_dir, resolution=config.resolution, max_reduction=config.max_reduction, seed=config.seed
-    )
     if config.pretrained_model is None:
-        model.fit_linear_code(initial_blocks(dataset))
+        model.fit_linear_code(initial_blocks(photographs))
     else:
         load_pretrained(model, config.pretrained_model)
+    if config.freeze_encoder:
+        model.linear_encoder.requires_grad_(False)
+        model.encoder.requires_grad_(False)
 
     validate = None
     if config.validation_data_dir is not None:
-        photographs = ImageFolder(config.validation_data_dir, resolution=256, random_crop=False)
-        images = torch.stack([photographs[0, index] for index in range(len(photographs))])
+        held_out = Photographs(FolderSource(config.validation_data_dir), Crop(resolution=256, random_crop=False))
+        images = torch.stack([held_out[0, index] for index in range(len(held_out))])
 
-        def validate() -> dict[str, float]:
+        def validate() -> Validation:
             target = images.float() / 127.5 - 1
             mse = [
                 (model(part.to(model.device)).sample.clamp(-1, 1).cpu() - part).square().mean(dim=(1, 2, 3)) / 4
                 for part in target.split(8)
             ]
-            return {"val_psnr": psnr_from_mse(torch.cat(mse)).mean().item()}
+            return Validation({"val_psnr": psnr_from_mse(torch.cat(mse)).mean().item()}, pictures={})
 
-    train(model, ReconstructionObjective(model, config), config, accelerator=accelerator, validate=validate)
+    train(
+        model,
+        ReconstructionObjective(model, config),
+        config,
+        photographs=photographs,
+        accelerator=accelerator,
+        validate=validate,
+    )
+    if accelerator.is_main_process:
+        command = "accelerate launch -m uplift_diffusers.embedded.train_autoencoder"
+        publish(model, config, accelerator=accelerator, command=command, repository=repository)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

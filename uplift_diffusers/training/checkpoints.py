@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -13,39 +15,52 @@ PREFIX = "checkpoint-"
 STATE = "state.json"
 
 
-def save_checkpoint(
-    output_dir: Path,
-    *,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    ema: EMAModel | None,
-    settings: dict,
-    keep: int,
-) -> Path:
+@dataclass(kw_only=True)
+class TrainingState:
+    """
+    All that changes from step to step.
+
+    Args:
+        scaler: of the gradients, with fp16 alone.
+        step: optimiser steps taken.
+        logged_step: the last step that a line of the log was written after.
+        sums: of the losses since then, by name.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    ema: EMAModel | None
+    scaler: torch.amp.GradScaler | None
+    step: int = 0
+    logged_step: int = 0
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def save_checkpoint(output_dir: Path, state: TrainingState, *, settings: dict, keep: int) -> Path:
     """
     Write `output_dir/checkpoint-<step>` under a temporary name, rename it, and drop all but the newest `keep`.
 
-    `settings` are what the run depends on, JSON values by name, for `changed_settings`.
+    Args:
+        output_dir: the run's folder.
+        state: what is written.
+        settings: what the run depends on, JSON values by name, for `changed_settings`.
+        keep: see above.
+    Raises:
+        OSError: it cannot be written; the checkpoints that were there are as they were.
     """
-    final = output_dir / f"{PREFIX}{step}"
-    temporary = output_dir / f".{PREFIX}{step}.partial"
+    final = output_dir / f"{PREFIX}{state.step}"
+    temporary = output_dir / f".{PREFIX}{state.step}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(_contiguous(model.state_dict()), temporary / "model.safetensors")
-    save_file(_optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
-    if ema is not None:
-        shadow = {str(index): tensor for index, tensor in enumerate(ema.shadow_params)}
-        save_file(_contiguous(shadow), temporary / "ema.safetensors")
-    state = {
-        "step": step,
-        "scheduler": {k: v for k, v in scheduler.state_dict().items() if isinstance(v, (int, float, bool, list))},
-        "ema_step": None if ema is None else ema.optimization_step,
-        "bytes": {path.name: path.stat().st_size for path in sorted(temporary.glob("*.safetensors"))},
-        "settings": settings,
-    }
-    (temporary / STATE).write_text(json.dumps(state, indent=2))
+    try:
+        _write(temporary, state, settings)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        there = list_checkpoints(output_dir)
+        raise OSError(
+            f"`{final}` cannot be written: {error}. "
+            + (f"The last good one is {there[-1].name}; make room and resume from it." if there else "There is none.")
+        ) from error
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     for path in list_checkpoints(output_dir)[:-keep]:
@@ -53,36 +68,59 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(
-    path: Path,
-    *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    ema: EMAModel | None,
-) -> int:
-    """Restore everything that `save_checkpoint` wrote; returns the step it was written at."""
-    state = json.loads((path / STATE).read_text())
-    model.load_state_dict(load_file(path / "model.safetensors"))
-    _load_optimizer_tensors(optimizer, load_file(path / "optimizer.safetensors"))
-    scheduler.load_state_dict(state["scheduler"])
-    for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+def _write(folder: Path, state: TrainingState, settings: dict) -> None:
+    folder.mkdir(parents=True)
+    save_file(_contiguous(state.model.state_dict()), folder / "model.safetensors")
+    save_file(_optimizer_tensors(state.optimizer), folder / "optimizer.safetensors")
+    if state.ema is not None:
+        shadow = {str(index): tensor for index, tensor in enumerate(state.ema.shadow_params)}
+        save_file(_contiguous(shadow), folder / "ema.safetensors")
+    schedule = state.scheduler.state_dict()
+    content = {
+        "step": state.step,
+        "logged_step": state.logged_step,
+        "sums": {name: value.item() for name, value in state.sums.items()},
+        "scheduler": {name: value for name, value in schedule.items() if isinstance(value, (int, float, bool, list))},
+        "ema_step": None if state.ema is None else state.ema.optimization_step,
+        "scaler": None if state.scaler is None else state.scaler.state_dict(),
+        "bytes": {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))},
+        "settings": settings,
+    }
+    (folder / STATE).write_text(json.dumps(content, indent=2))
+
+
+def load_checkpoint(path: Path, state: TrainingState) -> None:
+    """Put everything that `save_checkpoint` wrote into `state`."""
+    content = json.loads((path / STATE).read_text())
+    state.model.load_state_dict(load_file(path / "model.safetensors"))
+    _load_optimizer_tensors(state.optimizer, load_file(path / "optimizer.safetensors"))
+    state.scheduler.load_state_dict(content["scheduler"])
+    for group, rate in zip(state.optimizer.param_groups, state.scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
-    if ema is not None:
-        if state["ema_step"] is None:
+    if state.ema is not None:
+        if content["ema_step"] is None:
             raise ValueError(f"`{path}` holds no moving average. Resume with --no-use_ema or start afresh.")
         shadow = load_file(path / "ema.safetensors")
-        for index, tensor in enumerate(ema.shadow_params):
+        for index, tensor in enumerate(state.ema.shadow_params):
             tensor.copy_(shadow[str(index)])
-        ema.optimization_step = state["ema_step"]
-    return state["step"]
+        state.ema.optimization_step = content["ema_step"]
+    if state.scaler is not None and content.get("scaler"):
+        state.scaler.load_state_dict(content["scaler"])
+    state.step = content["step"]
+    state.logged_step = content.get("logged_step", state.step)  # older checkpoints lack it, and the sums
+    state.sums = {name: torch.tensor(value) for name, value in content.get("sums", {}).items()}
+
+
+def read_settings(path: Path) -> dict:
+    """The settings that the checkpoint `path` was written with."""
+    return json.loads((path / STATE).read_text())["settings"]
 
 
 def changed_settings(path: Path, settings: dict) -> list[str]:
     """`name: then -> now` for every setting that is not as it was when the checkpoint `path` was written."""
-    then = json.loads((path / STATE).read_text())["settings"]
+    then = read_settings(path)
     now = json.loads(json.dumps(settings))  # tuples become lists, as in the file
-    return [f"{name}: {then.get(name)!r} -> {now.get(name)!r}" for name in now if then.get(name) != now.get(name)]
+    return [f"{name}: {then[name]!r} -> {now[name]!r}" for name in now if name in then and then[name] != now[name]]
 
 
 def set_aside_later_checkpoints(output_dir: Path, step: int) -> list[Path]:

@@ -1,89 +1,67 @@
 """Command line of `train_latent.py`."""
 
 import argparse
-import sys
-from pathlib import Path
+from contextlib import nullcontext
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-
-from uplift_diffusers.data.image_folder import ImageFolder, find_images
-from uplift_diffusers.latent_space import Autoencoder, LatentSpace, load_vae
-from uplift_diffusers.models.uplift import UPLiFTModel
-from uplift_diffusers.training.config import parse_config
+from uplift_diffusers.data.latent_cache import LatentCache
+from uplift_diffusers.latent_space import LatentSpace, load_vae
+from uplift_diffusers.training.config import parse_config, take_config_file
+from uplift_diffusers.training.data import first_crops, open_photographs
+from uplift_diffusers.training.launch import make_accelerator, run_command
 from uplift_diffusers.training.loop import train
-from uplift_diffusers.training.objective import MultiDepthObjective, image_pyramid, psnr_from_mse
+from uplift_diffusers.training.methods import make_method
+from uplift_diffusers.training.publishing import create_repository, publish
 from uplift_diffusers.training.recipes import RECIPES
+from uplift_diffusers.training.validation import UpsamplerValidation
+
+CROPS_TO_FIT = 200
+"""Training crops from which a model's linear part is fitted before the training."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the flags, train, and return the exit code: 1 and one line on stderr for what a person can put right."""
-    try:
-        _train(arguments)
-    except (OSError, ValueError, TypeError, FloatingPointError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    return run_command(_train, arguments)
 
 
 def _train(arguments: list[str] | None) -> None:
-    """Load the VAE, train an UPLiFT on its latents, save it."""
+    """Load the VAE, train an upsampler of its latents, save it."""
+    settings, arguments = take_config_file(arguments)
     selector = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     selector.add_argument("--recipe", choices=tuple(RECIPES), default="sd15")
-    selected, rest = selector.parse_known_args(arguments)
+    selector.add_argument("--method", choices=("uplift", "lift", "cfm"), default="uplift")
+    from_file = [f"--{name}={settings.pop(name)}" for name in ("recipe", "method") if name in settings]
+    selected, rest = selector.parse_known_args([*from_file, *arguments])
     config = parse_config(
-        RECIPES[selected.recipe],
+        RECIPES[selected.recipe][selected.method],
         rest,
-        description=f"Train an UPLiFT on the latents of a VAE. --recipe {' | '.join(RECIPES)}; {selected.recipe}:",
+        settings=settings,
+        description=(
+            "Train an upsampler of the latents of a VAE. --recipe sd15 | embedded; --method uplift | lift | cfm; "
+            f"{selected.recipe}, {selected.method}:"
+        ),
     )
 
-    find_images(config.train_data_dir)  # before anything is loaded
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    set_seed(config.seed)
+    photographs = open_photographs(config)  # before anything is loaded
+    accelerator = make_accelerator(config)
+    repository = create_repository(config) if accelerator.is_main_process else None
     vae = load_vae(config.vae).to(accelerator.device)
     space = LatentSpace.of(vae, config.latent_space)
-    multiple = space.spatial_factor * 2 ** max(config.depths)
-    if config.resolution % multiple:
-        raise ValueError(
-            f"`resolution` must be a multiple of {multiple} for depth {max(config.depths)}, got {config.resolution}."
+    memory = LatentCache(config.latent_cache_dir, vae, space) if config.latent_cache_dir is not None else nullcontext()
+    with memory as cache:
+        method = make_method(config, vae, space, cache=cache)
+        if method.fit is not None:
+            method.fit(first_crops(photographs, CROPS_TO_FIT).to(accelerator.device) / 255)
+        validate = None
+        if config.validation_data_dir is not None:
+            validate = UpsamplerValidation(method.upsample, vae, space, config.validation_data_dir)
+        train(
+            method.model,
+            method.objective,
+            config,
+            photographs=photographs,
+            accelerator=accelerator,
+            validate=validate,
         )
-    model = UPLiFTModel(
-        **config.model_settings,
-        latent_channels=space.channels,
-        spatial_factor=space.spatial_factor,
-        latent_space=space.name,
-    )
-    objective = MultiDepthObjective(
-        model,
-        vae,
-        space,
-        depths=config.depths,
-        latent_noise=config.latent_noise,
-        pixel_weight=config.pixel_weight,
-    )
-    validate = None
-    if config.validation_data_dir is not None:
-        validate = make_validation(model, vae, space, config.validation_data_dir)
-    train(model, objective, config, accelerator=accelerator, validate=validate)
-
-
-def make_validation(model: UPLiFTModel, vae: Autoencoder, space: LatentSpace, folder: str | Path):
-    """A function that measures 2x and 4x PSNR, in dB, on one crop of 256 px of every photograph of `folder`."""
-    photographs = ImageFolder(folder, resolution=256, random_crop=True, seed=0)
-    images = torch.stack([photographs[0, index] for index in range(len(photographs))]).float() / 255
-
-    def validate() -> dict[str, float]:
-        sums = {1: 0.0, 2: 0.0}
-        generator = torch.Generator().manual_seed(0)
-        for part in images.split(4):
-            pyramid = image_pyramid(part.to(model.device), max(sums))
-            for depth in sums:
-                latents = space.encode(vae, pyramid[depth])
-                sample = model(latents, image=pyramid[depth], num_steps=depth, generator=generator).sample
-                output = space.decode(vae, sample)
-                mse = (output - pyramid[0]).square().mean(dim=(1, 2, 3))
-                sums[depth] += psnr_from_mse(mse).sum().item()
-        return {f"val_psnr_{2**depth}x": total / len(images) for depth, total in sums.items()}
-
-    return validate
+    if accelerator.is_main_process:
+        command = f"accelerate launch train_latent.py --recipe {selected.recipe} --method {selected.method}"
+        publish(method.model, config, accelerator=accelerator, command=command, repository=repository)

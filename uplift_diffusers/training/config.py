@@ -2,9 +2,15 @@
 
 import argparse
 import dataclasses
+import difflib
 import types
 import typing
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from diffusers.optimization import SchedulerType
 
 
 def option(default: typing.Any = dataclasses.MISSING, description: str = "") -> typing.Any:
@@ -16,15 +22,21 @@ def option(default: typing.Any = dataclasses.MISSING, description: str = "") -> 
 class TrainingConfig:
     """What every training run here needs, whatever it trains."""
 
-    train_data_dir: str = option(description="Folder of photographs, searched recursively.")
+    train_data_dir: str | None = option(None, "Folder of photographs, searched recursively; a .tar file or 'a/*.tar'.")
+    dataset_name: str | None = option(None, "In place of train_data_dir: a Hugging Face dataset, or a folder of one.")
+    dataset_config_name: str | None = option(None, "Configuration of the dataset, where it has several.")
+    image_column: str = option("image", "The dataset's column of images.")
+    streaming: bool = option(False, "Download the dataset while training, instead of storing it first.")
     output_dir: str = option(description="Where checkpoints, metrics.jsonl and the final model go.")
     seed: int = option(0, "Seed of initialisation, data order, crops and noise.")
     resolution: int = option(256, "Edge of the training crops in pixels.")
     random_crop: bool = option(True, "Random crops and flips; off: the whole picture's centre square, resized.")
     max_reduction: float = option(1.0, "Half of the random crops come from a picture reduced by up to this factor.")
+    augment_flip: bool = option(False, "Flip half of the centre squares (random crops are flipped in any case).")
     train_batch_size: int = option(8, "Images per process and micro-step.")
     gradient_accumulation_steps: int = option(1, "Micro-steps per optimiser step.")
-    max_train_steps: int = option(10_000, "Optimiser steps.")
+    max_train_steps: int | None = option(10_000, "Optimiser steps.")
+    num_train_epochs: int | None = option(None, "Passes over the photographs, in place of max_train_steps.")
     learning_rate: float = option(1e-3, "Peak learning rate of Adam.")
     lr_scheduler: str = option("cosine", "diffusers' schedule: constant, constant_with_warmup, linear, cosine, ...")
     lr_warmup_steps: int = option(200, "Optimiser steps over which the learning rate rises from zero.")
@@ -32,13 +44,24 @@ class TrainingConfig:
     use_ema: bool = option(True, "Keep an exponential moving average of the weights and save it as the result.")
     ema_decay: float = option(0.999, "Largest decay of the moving average (it warms up towards it).")
     mixed_precision: str | None = option(None, "no, bf16 or fp16 (autocast); by default what accelerate is set to.")
+    gradient_checkpointing: bool = option(False, "Compute activations a second time instead of keeping them.")
     dataloader_num_workers: int = option(0, "Worker processes that read photographs.")
     checkpointing_steps: int = option(500, "Optimiser steps between checkpoints.")
     checkpoints_total_limit: int = option(2, "Checkpoints kept.")
     resume_from_checkpoint: str | None = option(None, "A checkpoint folder, 'latest', or 'if-any'.")
     logging_steps: int = option(50, "Optimiser steps between lines of metrics.jsonl.")
+    report_to: str = option(
+        "none", "tensorboard (below output_dir/logs), wandb or none; metrics.jsonl there is always."
+    )
     validation_data_dir: str | None = option(None, "Folder of photographs for validation; none: no validation.")
-    validation_steps: int = option(1000, "Optimiser steps between validations.")
+    validation_steps: int | None = option(1000, "Optimiser steps between validations.")
+    validation_epochs: int | None = option(None, "Epochs between validations, in place of validation_steps.")
+    push_to_hub: bool = option(False, "Upload the result to the Hugging Face hub.")
+    hub_model_id: str | None = option(None, "Repository of the result on the hub; by default output_dir's name.")
+    hub_token: str | None = option(None, "Access token of the hub; by default the one that `hf auth login` stored.")
+    license: str | None = option(
+        None, "Licence of the trained weights, for the model card: apache-2.0, cc-by-4.0, ..."
+    )
 
     def __post_init__(self):
         for name in (
@@ -46,47 +69,148 @@ class TrainingConfig:
             "train_batch_size",
             "gradient_accumulation_steps",
             "max_train_steps",
+            "num_train_epochs",
             "checkpointing_steps",
             "checkpoints_total_limit",
             "logging_steps",
             "validation_steps",
+            "validation_epochs",
         ):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if (self.train_data_dir is None) == (self.dataset_name is None):
+            raise ValueError("Either `train_data_dir` or `dataset_name` must be given.")
+        if self.streaming and self.dataset_name is None:
+            raise ValueError(
+                "`streaming` must be off without `dataset_name`: a folder and tar files are read in place."
+            )
+        if self.streaming and self.dataloader_num_workers > 0:
+            raise ValueError(
+                f"`dataloader_num_workers` must be 0 with `streaming`, got {self.dataloader_num_workers}: "
+                "`datasets` shuffles a stream in another order there."
+            )
+        if self.streaming and None in (self.max_train_steps, self.validation_steps):
+            raise ValueError("`streaming` must have steps and no epochs: the length of a stream is not known.")
+        for steps, epochs in STEPS_OR_EPOCHS.items():
+            if getattr(self, steps) is None and getattr(self, epochs) is None:
+                raise ValueError(f"`{steps}` or `{epochs}` must be given.")
+        for name in ("lr_warmup_steps", "dataloader_num_workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
         if self.mixed_precision not in (None, "no", "bf16", "fp16"):
             raise ValueError(f"`mixed_precision` must be no, bf16 or fp16, got {self.mixed_precision!r}.")
+        if self.report_to not in ("tensorboard", "wandb", "none"):
+            raise ValueError(f"`report_to` must be tensorboard, wandb or none, got {self.report_to!r}.")
+        schedules = [kind.value for kind in SchedulerType]
+        if self.lr_scheduler not in schedules:
+            raise ValueError(f"`lr_scheduler` must be one of {', '.join(schedules)}, got {self.lr_scheduler!r}.")
         if not self.max_reduction >= 1:
             raise ValueError(f"`max_reduction` must be at least 1, got {self.max_reduction}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1), got {self.ema_decay}.")
 
 
+STEPS_OR_EPOCHS = {"max_train_steps": "num_train_epochs", "validation_steps": "validation_epochs"}
+"""Settings that stand for each other: to give one is to drop the other's default. Steps win where both are given."""
+
 Config = typing.TypeVar("Config", bound=TrainingConfig)
 
 
-def parse_config(config_class: type[Config], arguments: list[str] | None = None, *, description: str = "") -> Config:
-    """Build `config_class` from command-line flags named after its fields."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+def parse_config(
+    config_class: type[Config],
+    arguments: list[str] | None = None,
+    *,
+    settings: Mapping[str, typing.Any] | None = None,
+    description: str = "",
+) -> Config:
+    """
+    Build `config_class` from command-line flags named after its fields; they override `settings`.
+
+    Args:
+        config_class: a dataclass of `option` fields.
+        arguments: the flags; by default those of this process.
+        settings: values by field name, as a YAML file has them; by default those of the file that --config names.
+        description: what `--help` begins with.
+    """
+    if settings is None:
+        settings, arguments = take_config_file(arguments)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--config", default=argparse.SUPPRESS, help="YAML file of these settings. Flags override it.")
     hints = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        required = field.default is dataclasses.MISSING
-        settings: dict[str, typing.Any] = {"help": field.metadata["help"], "required": required}
-        if not required:
-            settings["default"] = field.default
-        parser.add_argument(f"--{field.name}", **settings, **_argument_type(hints[field.name]))
-    values = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in vars(parser.parse_args(arguments)).items()
-    }
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    for name, field in fields.items():
+        help_text = field.metadata["help"]
+        if field.default is not dataclasses.MISSING:
+            help_text += f" (default: {field.default})"
+        required = field.default is dataclasses.MISSING and name not in settings
+        parser.add_argument(
+            f"--{name}", default=argparse.SUPPRESS, required=required, help=help_text, **_argument_type(hints[name])
+        )
+    from_file = []
+    for name, value in settings.items():
+        if name not in fields:
+            parser.error(f"there is no setting `{name}`.{_nearest(name, fields)}")
+        try:
+            from_file += _as_flags(name, value, is_switch=hints[name] is bool)
+        except ValueError as error:
+            parser.error(str(error))
+    known, unknown = parser.parse_known_args([*from_file, *arguments])
+    if unknown:
+        name = unknown[0].partition("=")[0].removeprefix("--")
+        hint = _nearest(name, fields) if unknown[0].startswith("--") else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}.{hint}")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(known).items()}
+    for pair in STEPS_OR_EPOCHS.items():
+        for given, other in (pair, pair[::-1]):
+            if given in values and other not in values:
+                values[other] = None
     try:
         return config_class(**values)
     except ValueError as error:
         parser.error(str(error))
+
+
+def take_config_file(arguments: list[str] | None = None) -> tuple[dict[str, typing.Any], list[str]]:
+    """
+    What the YAML file named by --config says, and the other arguments.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not a mapping in YAML.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    known, rest = parser.parse_known_args(arguments)
+    if known.config is None:
+        return {}, rest
+    try:
+        settings = yaml.safe_load(Path(known.config).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"`{known.config}` is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"`{known.config}` must have lines such as `resolution: 512`, got {settings!r:.60}.")
+    return {str(name): value for name, value in settings.items()}, rest
+
+
+def _as_flags(name: str, value: typing.Any, *, is_switch: bool) -> list[str]:
+    """The flags that say what a line of a YAML file says; argparse then converts and checks their values alike."""
+    if is_switch:
+        if not isinstance(value, bool):
+            raise ValueError(f"`{name}` must be true or false, got {value!r}.")
+        return [f"--{name}" if value else f"--no-{name}"]
+    if value is None or isinstance(value, (bool, dict)):
+        raise ValueError(f"`{name}` must have a value, got {value!r}. Leave the line out to keep the default.")
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}={value}"]
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean `{matches[0]}`?" if matches else ""
 
 
 def _argument_type(hint: typing.Any) -> dict[str, typing.Any]:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from uplift_diffusers.data.latent_cache import LatentCache
 from uplift_diffusers.latent_space import Autoencoder, LatentSpace
 from uplift_diffusers.models.uplift import UPLiFTModel
 
@@ -23,6 +24,7 @@ class MultiDepthObjective(nn.Module):
         depths: see above.
         latent_noise: standard deviation of the noise added to the starting latents, raw units. Targets stay clean.
         pixel_weight: weight of the loss in decoded pixels, for a VAE that is cheap to decode.
+        cache: of that VAE's latents.
     Source: Walmer et al. 2026, section 3.3, equations for L_simple and L_d.
     """
 
@@ -35,6 +37,7 @@ class MultiDepthObjective(nn.Module):
         depths: tuple[int, ...],
         latent_noise: float,
         pixel_weight: float = 0.0,
+        cache: LatentCache | None = None,
     ):
         super().__init__()
         self.model = model
@@ -43,6 +46,7 @@ class MultiDepthObjective(nn.Module):
         self.depths = depths
         self.latent_noise = latent_noise
         self.pixel_weight = pixel_weight
+        self.cache = cache
 
     def forward(self, images: torch.Tensor, *, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """
@@ -51,9 +55,7 @@ class MultiDepthObjective(nn.Module):
         `loss_d<d>` are the latent terms of each depth, `pixel` the L1 in decoded pixels.
         """
         pyramid = image_pyramid(images, max(self.depths))
-        # In float32 whatever autocast the model runs in: rounded targets are wrong targets.
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            targets = [self.space.encode(self.vae, level).float() for level in pyramid]
+        targets = encode_pyramid(self.vae, self.space, pyramid, cache=self.cache)
 
         drawn = int(torch.randint(len(self.depths), (), generator=generator))
         decoded_depth = self.depths[drawn] if self.pixel_weight else None
@@ -73,6 +75,15 @@ class MultiDepthObjective(nn.Module):
                 losses["pixel"] = F.l1_loss(decoded, images)
         losses["loss"] = sum(value * (self.pixel_weight if name == "pixel" else 1.0) for name, value in losses.items())
         return losses
+
+
+def encode_pyramid(
+    vae: Autoencoder, space: LatentSpace, pyramid: list[torch.Tensor], *, cache: LatentCache | None = None
+) -> list[torch.Tensor]:
+    """The raw latents, float32 and without a gradient, of every level (B, 3, H, W) in [0, 1]."""
+    # In float32 whatever autocast the model runs in: rounded targets are wrong targets.
+    with torch.no_grad(), torch.autocast(pyramid[0].device.type, enabled=False):
+        return [(space.encode(vae, level) if cache is None else cache.encode(level)).float() for level in pyramid]
 
 
 def psnr_from_mse(mse: torch.Tensor) -> torch.Tensor:

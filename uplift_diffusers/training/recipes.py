@@ -1,17 +1,19 @@
-"""Recipes: what `train_latent.py` trains, and with which settings."""
+"""Recipes: what `train_latent.py` trains, by which method, and with which settings."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 from uplift_diffusers.training.config import TrainingConfig, option
+from uplift_diffusers.training.unets import UNETS
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpsamplerTrainingConfig(TrainingConfig):
-    """The paper's recipe for the SD1.5 VAE: every depth in every step, L2 on every intermediate result."""
+class LatentTrainingConfig(TrainingConfig):
+    """
+    What every method needs that is trained on the latents of a VAE; data and size are the paper's for SD1.5.
 
-    model_settings: ClassVar[dict] = {}
-    """Constructor arguments of UPLiFTModel; `latent_channels`, `spatial_factor` and `latent_space` are the VAE's."""
+    A configuration names its `method`, which `uplift_diffusers.training.methods` looks at.
+    """
 
     vae: str = option(
         "stable-diffusion-v1-5/stable-diffusion-v1-5", "A VAE, or a pipeline that has one: a local folder or a hub id."
@@ -20,7 +22,45 @@ class UpsamplerTrainingConfig(TrainingConfig):
     resolution: int = option(1024, "Edge of the training crops in pixels.")
     random_crop: bool = option(False, "Random crops and flips; off: the whole picture's centre square, resized.")
     train_batch_size: int = option(1, "Images per process and micro-step.")
-    max_train_steps: int = option(125_000, "Optimiser steps (125,000 are 5 epochs of Unsplash-Lite).")
+    max_train_steps: int | None = option(None, "Optimiser steps, in place of num_train_epochs.")
+    num_train_epochs: int | None = option(5, "Passes over the photographs.")
+    depths: tuple[int, ...] = option((1, 2), "Depths d: from 1/2^d of the resolution to all of it.")
+    latent_cache_dir: str | None = option(None, "Folder that keeps the VAE's latents, so that each is computed once.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.latent_cache_dir is not None and self.random_crop:
+            raise ValueError(
+                "`latent_cache_dir` must not be given with `random_crop`: no crop comes twice, so its latents would "
+                "be stored and never read. Pass --no-random_crop, and --augment_flip for variety."
+            )
+        if not self.depths or min(self.depths) < 1 or len(set(self.depths)) != len(self.depths):
+            raise ValueError(f"`depths` must be different whole numbers of at least 1, got {self.depths}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedDefaults(LatentTrainingConfig):
+    """Data and schedule of whatever is trained for the embedded bundle: small enough for a laptop."""
+
+    vae: str = option(description="The embedded autoencoder: a local folder.")
+    resolution: int = option(192, "Edge of the training crops in pixels.")
+    random_crop: bool = option(True, "Random crops and flips; off: the whole picture's centre square, resized.")
+    max_reduction: float = option(2.0, "Half of the random crops come from a picture reduced by up to this factor.")
+    train_batch_size: int = option(4, "Images per process and micro-step.")
+    max_train_steps: int | None = option(4_200, "Optimiser steps.")
+    num_train_epochs: int | None = option(None, "Passes over the photographs, in place of max_train_steps.")
+    learning_rate: float = option(7e-4, "Peak learning rate of Adam.")
+    mixed_precision: str = option("bf16", "no, bf16 or fp16 (accelerate's autocast).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpsamplerTrainingConfig(LatentTrainingConfig):
+    """The paper's recipe for the SD1.5 VAE: every depth in every step, L2 on every intermediate result."""
+
+    method: ClassVar[str] = "uplift"
+    model_settings: ClassVar[dict] = {}
+    """Constructor arguments of UPLiFTModel; `latent_channels`, `spatial_factor` and `latent_space` are the VAE's."""
+
     lr_scheduler: str = option("constant", "diffusers' schedule: constant, constant_with_warmup, linear, cosine, ...")
     lr_warmup_steps: int = option(0, "Optimiser steps over which the learning rate rises from zero.")
     use_ema: bool = option(False, "Keep an exponential moving average of the weights and save it as the result.")
@@ -30,16 +70,14 @@ class UpsamplerTrainingConfig(TrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.depths or min(self.depths) < 1 or len(set(self.depths)) != len(self.depths):
-            raise ValueError(f"`depths` must be different whole numbers of at least 1, got {self.depths}.")
         for name in ("latent_noise", "pixel_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbeddedTrainingConfig(UpsamplerTrainingConfig):
-    """The embedded bundle: small enough for a laptop, trained on photographs with a term in decoded pixels."""
+class EmbeddedTrainingConfig(EmbeddedDefaults, UpsamplerTrainingConfig):
+    """The embedded bundle's upsampler, trained on photographs with a term in decoded pixels."""
 
     model_settings: ClassVar[dict] = {
         "encoder_block_out_channels": (128, 128),
@@ -50,24 +88,83 @@ class EmbeddedTrainingConfig(UpsamplerTrainingConfig):
         "neighborhood": 17,
         "refiner_channels": 128,
         "refiner_layers": 8,
-        "refiner_residual": True,
+        "image_residual": True,
         "noise_channels": 0,
+        "norm_type": "bias",
     }
 
-    vae: str = option(description="The embedded autoencoder: a local folder.")
-    resolution: int = option(192, "Edge of the training crops in pixels.")
-    random_crop: bool = option(True, "Random crops and flips; off: the whole picture's centre square, resized.")
-    max_reduction: float = option(2.0, "Half of the random crops come from a picture reduced by up to this factor.")
-    train_batch_size: int = option(4, "Images per process and micro-step.")
-    max_train_steps: int = option(4_200, "Optimiser steps.")
-    learning_rate: float = option(7e-4, "Peak learning rate of Adam.")
-    lr_scheduler: str = option("cosine", "diffusers' schedule: constant, constant_with_warmup, linear, cosine, ...")
-    lr_warmup_steps: int = option(200, "Optimiser steps over which the learning rate rises from zero.")
-    use_ema: bool = option(True, "Keep an exponential moving average of the weights and save it as the result.")
-    mixed_precision: str = option("bf16", "no, bf16 or fp16 (accelerate's autocast).")
-    depths: tuple[int, ...] = option((1, 2), "Depths d: from 1/2^d of the resolution in d steps of 2x.")
+    learning_rate: float = option(4e-4, "Peak learning rate of Adam.")
     latent_noise: float = option(0.02, "Deviation of the noise added to the starting latents, in raw units.")
     pixel_weight: float = option(10.0, "Weight of the L1 loss between a decoded last step and the image.")
 
 
-RECIPES = {"sd15": UpsamplerTrainingConfig, "embedded": EmbeddedTrainingConfig}
+LIFT_SETTINGS = {"neighborhood": None, "reencode_image": True, "image_residual": False}
+"""
+What makes an UPLiFTModel a LiFT: no Local Attender, and the image is encoded anew, magnified, at every step.
+
+With the depth of 1 in training these are the differences that the UPLiFT paper names. The image residual is in neither
+paper and stays out of the baseline; the rest, the refiner included, is that of the UPLiFT of the same recipe, so that
+the two compare at nearly the same size.
+Source: Walmer et al. 2026, figure 2 and section 3; Suri et al. 2024.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiFTTrainingConfig(UpsamplerTrainingConfig):
+    """LiFT for the SD1.5 VAE: trained to take one step, which is repeated for more."""
+
+    method: ClassVar[str] = "lift"
+    model_settings: ClassVar[dict] = {**UpsamplerTrainingConfig.model_settings, **LIFT_SETTINGS}
+
+    depths: tuple[int, ...] = option((1,), "Depths d: from 1/2^d of the resolution in d steps of 2x.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedLiFTTrainingConfig(EmbeddedTrainingConfig):
+    """LiFT on the data and schedule of the embedded bundle."""
+
+    method: ClassVar[str] = "lift"
+    model_settings: ClassVar[dict] = {
+        **EmbeddedTrainingConfig.model_settings,
+        **LIFT_SETTINGS,
+        "refiner_residual": True,
+    }
+
+    depths: tuple[int, ...] = option((1,), "Depths d: from 1/2^d of the resolution in d steps of 2x.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CFMTrainingConfig(LatentTrainingConfig):
+    """Coupling Flow Matching for the SD1.5 VAE; learning rate, warm-up and moving average as its authors have them."""
+
+    method: ClassVar[str] = "cfm"
+
+    learning_rate: float = option(3e-5, "Peak learning rate of Adam.")
+    lr_scheduler: str = option(
+        "constant_with_warmup", "diffusers' schedule: constant, constant_with_warmup, linear, cosine, ..."
+    )
+    lr_warmup_steps: int = option(1000, "Optimiser steps over which the learning rate rises from zero.")
+    unet: str = option("published", f"Size of the U-Net: {', '.join(UNETS)}.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.unet not in UNETS:
+            raise ValueError(f"`unet` must be one of {tuple(UNETS)}, got {self.unet!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedCFMTrainingConfig(EmbeddedDefaults, CFMTrainingConfig):
+    """Coupling Flow Matching on the data and schedule of the embedded bundle."""
+
+    unet: str = option("same-time", f"Size of the U-Net: {', '.join(UNETS)}.")
+
+
+RECIPES: dict[str, dict[str, type[LatentTrainingConfig]]] = {
+    "sd15": {"uplift": UpsamplerTrainingConfig, "lift": LiFTTrainingConfig, "cfm": CFMTrainingConfig},
+    "embedded": {
+        "uplift": EmbeddedTrainingConfig,
+        "lift": EmbeddedLiFTTrainingConfig,
+        "cfm": EmbeddedCFMTrainingConfig,
+    },
+}
+"""Configurations by `--recipe` and `--method`."""

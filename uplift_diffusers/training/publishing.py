@@ -1,0 +1,190 @@
+"""What stands beside a trained model: a card that says how it came about, and the way to the hub."""
+
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import diffusers
+import torch
+from accelerate import Accelerator
+from diffusers import ModelMixin
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+
+from uplift_diffusers._version import __version__
+from uplift_diffusers.training.checkpoints import list_checkpoints, read_settings
+from uplift_diffusers.training.config import TrainingConfig
+from uplift_diffusers.training.logs import METRICS, read_metrics
+
+PUBLISHED = ["README.md", "config.json", "diffusion_pytorch_model*.safetensors*", METRICS]
+"""What goes to the hub: neither checkpoints nor validation pictures, which are other people's photographs."""
+
+_NOT_A_RECIPE = {
+    "output_dir",
+    "report_to",
+    "resume_from_checkpoint",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_token",
+    "license",
+    "num_photographs",
+    "num_processes",
+}
+
+_CARD = """
+# {title}
+
+{kind} of {parameters:.1f} M parameters, trained with uplift-diffusers for {steps} optimiser steps.
+
+```python
+from {package} import {kind}
+
+model = {kind}.from_pretrained("{repository}")
+```
+
+## Data
+
+{data}.
+
+## Recipe
+
+```
+{command}
+```
+
+| setting | value |
+| --- | --- |
+{recipe}
+
+## Metrics
+
+{metrics}
+
+## Hardware
+
+{hardware}
+
+## Licence
+
+{license}
+"""
+
+
+def create_repository(config: TrainingConfig) -> str | None:
+    """
+    Create the repository that the result will go to, if it is to go to one, and return its name.
+
+    To be called before training, so that a missing permission is told before the work and not after it.
+    """
+    if not config.push_to_hub:
+        return None
+    name = config.hub_model_id or Path(config.output_dir).resolve().name
+    return create_repo(name, token=config.hub_token, exist_ok=True).repo_id
+
+
+def publish(
+    model: ModelMixin, config: TrainingConfig, *, accelerator: Accelerator, command: str, repository: str | None
+) -> None:
+    """
+    Write the model card of a run that is at its end, and upload the result.
+
+    Args:
+        model: what was trained.
+        config: what it was trained with.
+        accelerator: knows the hardware.
+        command: the command without the flags that follow from `config`.
+        repository: what `create_repository` returned.
+    """
+    output_dir = Path(config.output_dir)
+    card = model_card(model, config, accelerator=accelerator, command=command, repository=repository)
+    temporary = output_dir / ".README.partial"
+    card.save(temporary)
+    temporary.replace(output_dir / "README.md")
+    if repository is not None:
+        upload_folder(
+            repo_id=repository,
+            folder_path=output_dir,
+            allow_patterns=PUBLISHED,
+            commit_message=f"{type(model).__name__} of uplift-diffusers {__version__}",
+            token=config.hub_token,
+        )
+        print(f"Published as {repository}.")
+
+
+def model_card(
+    model: ModelMixin, config: TrainingConfig, *, accelerator: Accelerator, command: str, repository: str | None
+) -> ModelCard:
+    """The card of a run that is at its end, from what its last checkpoint and its log say."""
+    output_dir = Path(config.output_dir)
+    settings, records = read_settings(list_checkpoints(output_dir)[-1]), read_metrics(output_dir)
+    recipe = {name: value for name, value in settings.items() if value is not None and name not in _NOT_A_RECIPE}
+    source = settings["train_data_dir"] or settings["dataset_name"]
+    title = repository or output_dir.resolve().name
+    data = ModelCardData(
+        library_name="diffusers", license=config.license, tags=["uplift-diffusers", "super-resolution"]
+    )
+    body = _CARD.format(
+        title=title.rpartition("/")[2],
+        kind=type(model).__name__,
+        package=type(model).__module__.partition(".")[0],
+        repository=title,
+        parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+        steps=records[-1]["step"],
+        data=f"{settings['num_photographs'] or 'Streamed'} photographs of `{_public(source)}`",
+        command=" ".join([command, *_flags(config)]),
+        recipe="\n".join(f"| {name} | {_public(value)} |" for name, value in recipe.items()),
+        metrics=_metrics(records),
+        hardware=_hardware(accelerator, settings, records),
+        license=config.license
+        or "Not declared. What it can be depends on the photographs: fill it in here and above.",
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{body}", ignore_metadata_errors=True)
+
+
+def _flags(config: TrainingConfig) -> list[str]:
+    """The flags that make `config` of its class's defaults, but for those that change nothing in the result."""
+    flags = []
+    for field in config.__dataclass_fields__.values():
+        value = getattr(config, field.name)
+        if value == field.default or field.name in _NOT_A_RECIPE - {"output_dir"}:
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{field.name}" if value else f"--no-{field.name}")
+        elif value is not None:
+            values = value if isinstance(value, tuple) else (value,)
+            flags.append(" ".join([f"--{field.name}", *(str(_public(item)) for item in values)]))
+    return flags
+
+
+def _public(value: Any) -> Any:
+    """Absolute paths, which say more about a machine than about a model, are cut to their last part."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _metrics(records: list[dict[str, float]]) -> str:
+    training = next(record for record in reversed(records) if "loss" in record)
+    validation = next((record for record in reversed(records) if "loss" not in record), None)
+    lines = ["| | |", "| --- | --- |"]
+    for record in (training, validation or {}):
+        lines += [f"| {name} | {value:.6g} |" for name, value in record.items() if name not in ("step", "lr")]
+    lines += ["", "Losses are means over the last logged steps, of the weights in training and not their average."]
+    if validation is None:
+        lines.append("There was no validation.")
+    return "\n".join(lines)
+
+
+def _hardware(accelerator: Accelerator, settings: dict[str, Any], records: list[dict[str, float]]) -> str:
+    images_per_step = (
+        settings["train_batch_size"] * settings["gradient_accumulation_steps"] * settings["num_processes"]
+    )
+    seconds, before = 0.0, 0
+    for record in records:
+        if "images_per_s" in record:
+            seconds += (record["step"] - before) * images_per_step / record["images_per_s"]
+            before = record["step"]
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    return (
+        f"{accelerator.num_processes} x {name}, {seconds / 3600:.1f} h of training by the log; uplift-diffusers "
+        f"{__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}, "
+        f"accelerate {accelerate.__version__}."
+    )
