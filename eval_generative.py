@@ -1,7 +1,8 @@
 """
-Measure an upscaler on photographs.
+Measure upscalers on photographs, or on what Stable Diffusion makes of prompts. docs/evaluation.md says how.
 
-    python eval_generative.py --data_dir photos/val --scales 2 4
+    python eval_generative.py --data_dir photos/val --output_dir report
+    accelerate launch --multi_gpu --num_processes 4 eval_generative.py --data_dir photos/val --output_dir report
 """
 
 from uplift_diffusers.evaluation.cli import main

@@ -8,8 +8,10 @@ from PIL import Image
 from safetensors import safe_open
 
 from uplift_diffusers import UPLiFTSuperResolutionPipeline, embedded_bundle
-from uplift_diffusers.evaluation.methods import bicubic, latent_bilinear, super_resolution, vae_round_trip
-from uplift_diffusers.evaluation.super_resolution import evaluate, gap_closed
+from uplift_diffusers.evaluation.methods import bicubic, bilinear, pipeline_method, vae_round_trip
+from uplift_diffusers.evaluation.metrics import Metrics
+from uplift_diffusers.evaluation.results import evaluate, gap_closed
+from uplift_diffusers.evaluation.super_resolution import SuperResolution
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -20,13 +22,15 @@ def scores():
     pipeline = UPLiFTSuperResolutionPipeline.from_pretrained(embedded_bundle())
     pipeline.set_progress_bar_config(disable=True)
     vae, space = pipeline.vae, pipeline.latent_space
-    methods = {
-        "bicubic": bicubic,
-        "bilinear": latent_bilinear(vae, space),
-        "uplift": super_resolution(pipeline, seed=0),
-        "vae": vae_round_trip(vae, space),
-    }
-    return evaluate(EXAMPLES, methods, scales=(2, 4), crop=288)["scores"]
+    methods = [
+        bicubic(vae, space),
+        bilinear(vae, space),
+        pipeline_method("uplift", pipeline, seed=0),
+        vae_round_trip(vae, space),
+    ]
+    protocol = SuperResolution(EXAMPLES, scales=(2, 4), crop=288)
+    results = evaluate(protocol, methods, Metrics(names=("psnr", "ssim")))
+    return {scale: found.scores for scale, found in results.items()}
 
 
 def test_bundle_is_at_most_16_megabytes_of_half_precision_safetensors():
@@ -66,9 +70,9 @@ def test_upsampler_closes_most_of_the_gap_to_the_round_trip(scores):
 
 
 def test_bundle_is_ahead_of_bicubic_on_the_examples(scores):
-    assert scores[2]["uplift"].psnr > scores[2]["bicubic"].psnr + 0.3
-    assert scores[2]["uplift"].ssim > scores[2]["bicubic"].ssim
-    assert scores[4]["uplift"].psnr > scores[4]["bicubic"].psnr
+    assert scores[2]["uplift"]["psnr"].value > scores[2]["bicubic"]["psnr"].value + 0.3
+    assert scores[2]["uplift"]["ssim"].value > scores[2]["bicubic"]["ssim"].value
+    assert scores[4]["uplift"]["psnr"].value > scores[4]["bicubic"]["psnr"].value
 
 
 def test_the_same_image_gives_the_same_output_twice():

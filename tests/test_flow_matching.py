@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
 from tests import components
 from tests.components import seeded
@@ -125,3 +125,8 @@ def test_a_scheduler_of_other_steps_is_refused(settings):
     check_scheduler(euler_scheduler())
     with pytest.raises(ValueError, match=r"`scheduler` must have .* Use FlowMatchEulerDiscreteScheduler"):
         check_scheduler(FlowMatchEulerDiscreteScheduler(**settings))
+
+
+def test_a_scheduler_of_another_kind_is_refused():
+    with pytest.raises(TypeError, match="`scheduler` must be a FlowMatchEulerDiscreteScheduler, got a DDIMScheduler"):
+        check_scheduler(DDIMScheduler())

@@ -88,7 +88,9 @@ def euler_scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 
 def check_scheduler(scheduler: FlowMatchEulerDiscreteScheduler) -> None:
-    """Raise ValueError unless `scheduler` is configured as that of `euler_scheduler`."""
+    """Raise TypeError or ValueError unless `scheduler` is of the kind and configuration of `euler_scheduler`."""
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        raise TypeError(f"`scheduler` must be a FlowMatchEulerDiscreteScheduler, got a {type(scheduler).__name__}.")
     for name, value in euler_scheduler().config.items():
         if not name.startswith("_") and scheduler.config[name] != value:
             raise ValueError(

@@ -102,9 +102,10 @@ LIFT_SETTINGS = {"neighborhood": None, "reencode_image": True, "image_residual":
 """
 What makes an UPLiFTModel a LiFT: no Local Attender, and the image is encoded anew, magnified, at every step.
 
-With the depth of 1 in training these are the differences that the UPLiFT paper names. The image residual is in neither
-paper and stays out of the baseline; the rest, the refiner included, is that of the UPLiFT of the same recipe, so that
-the two compare at nearly the same size.
+With the depth of 1 in training these are the differences that the UPLiFT paper names. The image residual of the
+embedded recipe is ours and in neither paper, and stays out of the baseline, whose refiner adds its input to its output
+instead. The rest, the refiner included, is that of the UPLiFT of the same recipe, so that the two compare at nearly
+the same size.
 Source: Walmer et al. 2026, figure 2 and section 3; Suri et al. 2024.
 """
 

@@ -23,8 +23,6 @@ UNETS = {
         "attention_head_dim": 32,
     },
 }
-
-
 """
 Arguments of UNet2DModel by size.
 

@@ -1,0 +1,214 @@
+"""`eval_generative.py`, from its options to the files on disk."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler
+from PIL import Image
+from safetensors.torch import save_file
+
+from tests.components import make_flow_unet, make_stable_diffusion, make_upsampler
+from tests.evaluation_parts import save_photographs
+from tests.random_weights import random_inception
+from uplift_diffusers.evaluation import cli
+from uplift_diffusers.evaluation.command import default_metrics
+from uplift_diffusers.evaluation.real_images import FeatureStatistics
+from uplift_diffusers.latent_space import KNOWN_SPACES
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    return save_photographs(tmp_path_factory.mktemp("photographs"), count=4)
+
+
+@pytest.fixture(autouse=True)
+def nothing_downloaded(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+
+@pytest.fixture
+def one_thread():
+    """More threads than in the other processes would sum in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def figures(folder):
+    """What must not depend on how a report was made."""
+    report = json.loads((folder / "report.json").read_text())
+    for scale in report["results"].values():
+        scale.pop("costs")
+    return {key: value for key, value in report.items() if key not in ("command", "processes", "hardware")}
+
+
+def test_photographs_alone_give_a_table_and_say_what_is_left_out(photographs, capsys):
+    assert cli.main(["--data_dir", str(photographs), "--crop", "64", "--latency_repeats", "1"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("| uplift |") == 2
+    assert "UPLiFT closes" in captured.out
+    assert "| PSNR (dB) ↑ (n = 4) | SSIM ↑ (n = 4) | colour shift ↓ (n = 4) | s/image |" in captured.out
+    assert "FID, patch-FID and KID are left out. Three ways to the Inception weights" in captured.err
+
+
+def test_report_directory_holds_figures_plots_and_crops(photographs, tmp_path):
+    save_file(random_inception(), tmp_path / "inception.safetensors")
+    output = tmp_path / "report"
+    arguments = ["--data_dir", str(photographs), "--crop", "64", "--scales", "2", "--output_dir", str(output)]
+    arguments += ["--methods", "bilinear", "uplift", "--metrics", "fid", "psnr"]
+    arguments += ["--inception_weights", str(tmp_path / "inception.safetensors"), "--latency_repeats", "1"]
+    assert cli.main(arguments) == 0
+    report = json.loads((output / "report.json").read_text())
+    scores = report["results"]["2"]["scores"]
+    assert scores["uplift"]["fid"]["samples"] == 4
+    assert scores["uplift"]["psnr"]["value"] > scores["bilinear"]["psnr"]["value"]
+    assert report["command"].startswith("eval_generative.py --data_dir")
+    assert (output / "report.md").read_text().startswith("## 2x")
+    assert (output / "figures.csv").read_text().count("\n") == 1 + 4 * 2
+    plots = {path.name for path in (output / "plots").iterdir()}
+    assert plots == {"scores.png", "quality_against_time.png", "time_against_size.png"}
+    with Image.open(output / "contact_sheet_2x.png") as sheet:
+        assert sheet.size == (3 * 68, 16 + 4 * 68)
+
+
+def test_two_processes_and_a_killed_and_resumed_run_give_the_report_of_one(photographs, tmp_path, one_thread):
+    save_file(random_inception(), tmp_path / "inception.safetensors")
+    # 64 threads of OpenMP on a few cores would take minutes.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    shared = ["--data_dir", str(photographs), "--crop", "32", "--scales", "2", "--methods", "uplift"]
+    shared += ["--inception_weights", str(tmp_path / "inception.safetensors"), "--patches", "1"]
+    shared += ["--latency_repeats", "0"]
+    script = str(ROOT / "eval_generative.py")
+    arguments = {name: [script, *shared, "--output_dir", str(tmp_path / name)] for name in ("two", "three")}
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]  # of CPUs, where they are all
+
+    assert cli.main([*shared, "--output_dir", str(tmp_path / "one")]) == 0
+    two = subprocess.Popen([sys.executable, *launch, *arguments["two"]], env=environment)
+    killed = subprocess.Popen([sys.executable, *arguments["three"]], env=environment)
+    while len(finished := list((tmp_path / "three").rglob("*.safetensors"))) < 2:
+        assert killed.poll() is None
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "three" / "report.json").exists()
+    times = {path: path.stat().st_mtime_ns for path in finished}
+    assert cli.main([*shared, "--output_dir", str(tmp_path / "three")]) == 0
+    assert times == {path: path.stat().st_mtime_ns for path in finished}
+    assert two.wait() == 0
+
+    expected = figures(tmp_path / "one")
+    measured = expected["results"]["2"]["scores"]["uplift"]
+    assert {"fid", "patch_fid", "kid", "ssim"} < measured.keys()
+    assert figures(tmp_path / "two") == expected
+    assert figures(tmp_path / "three") == expected
+    assert json.loads((tmp_path / "two" / "report.json").read_text())["processes"] == 2
+
+
+def test_prompts_go_through_stable_diffusion_and_are_compared_with_real_images(tmp_path):
+    make_stable_diffusion(tmp_path / "tokenizer").save_pretrained(tmp_path / "sd")
+    make_upsampler().save_pretrained(tmp_path / "uplift")
+    (tmp_path / "prompts.txt").write_text("a cat\n\nкошка\nсat at sea\n", encoding="utf-8")
+    save_file(random_inception(), tmp_path / "inception.safetensors")
+    real = save_photographs(tmp_path / "real", count=2, size=(64, 70))
+    arguments = ["--prompts", str(tmp_path / "prompts.txt"), "--stable_diffusion", str(tmp_path / "sd")]
+    arguments += ["--model", str(tmp_path / "uplift"), "--real_images", str(real), "--metrics", "fid"]
+    arguments += ["--inception_weights", str(tmp_path / "inception.safetensors"), "--num_inference_steps", "2"]
+    arguments += [
+        "--latency_repeats",
+        "1",
+        "--output_dir",
+        str(tmp_path / "report"),
+        "--methods",
+        "bilinear",
+        "uplift",
+    ]
+    assert cli.main(arguments) == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["data"]["count"] == 3
+    scores = report["results"]["2"]["scores"]
+    assert scores["uplift"]["fid"]["samples"] == 2  # of 3 prompts and 2 real images
+    assert scores["uplift"]["fid"]["value"] != scores["bilinear"]["fid"]["value"]
+    assert report["results"]["2"]["costs"]["uplift"][-1]["edge"] == 128
+    with Image.open(tmp_path / "report" / "contact_sheet_2x.png") as sheet:
+        assert sheet.width == 2 * 132
+
+
+def test_metrics_that_statistics_cannot_serve_are_no_default(capsys):
+    request = SimpleNamespace(of_photographs=False)
+    for statistics, expected in (
+        (None, ("fid", "kid")),
+        (FeatureStatistics(features=torch.zeros(4, 2048)), ("fid", "kid")),
+        (FeatureStatistics(mean=torch.zeros(2048), covariance=torch.eye(2048)), ("fid",)),
+    ):
+        assert not capsys.readouterr().err
+        assert default_metrics(request, SimpleNamespace(statistics=statistics), announce=True) == expected
+    assert "KID is left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--data_dir", "{empty}"], "No images below"),
+        (["--data_dir", "{photographs}/none"], "is not a folder"),
+        (["--data_dir", "{photographs}"], "`crop` must fit into every photograph, got 512 and 4 smaller ones"),
+        (["--data_dir", "{photographs}", "--crop", "60"], "`crop` must be a multiple of 16 for 2x, got 60"),
+        (["--data_dir", "{grey}", "--crop", "64"], "must be in colour, got 1 in greyscale"),
+        (["--data_dir", "{photographs}", "--crop", "64", "--methods", "cfm"], "say where the weights are, got 'cfm'"),
+        (["--data_dir", "{photographs}", "--crop", "64", "--methods", "a={empty}"], "got none. Name the folder"),
+        (["--data_dir", "{photographs}", "--crop", "64", "--metrics", "sim"], "`metrics` must be of"),
+        (["--data_dir", "{photographs}", "--crop", "64", "--metrics", "fid"], "Three ways to the Inception weights"),
+        (
+            ["--data_dir", "{photographs}", "--crop", "64", "--limit", "1", "--metrics", "fid", *("{weights}",)],
+            "`metrics` must not have 'fid' for fewer than 2 images, got 1",
+        ),
+        (
+            ["--data_dir", "{photographs}", "--crop", "64", "--latency_sizes", "50"],
+            "`latency_sizes` must be multiples of 16 for 2x, got 50",
+        ),
+        (
+            ["--data_dir", "{photographs}", "--guidance_scale", "1"],
+            "`guidance_scale` must not be given with --data_dir",
+        ),
+        (["--data_dir", "{photographs}", "--crop", "64", "--model", "{ddpm}"], "`model` must be a pipeline of this"),
+        (["--prompts", "{prompts}", "--crop", "64"], "`crop` must not be given with --prompts"),
+        (["--prompts", "{empty}/none.txt"], "`prompts` must be a file"),
+        (["--prompts", "{prompts}"], "`stable_diffusion` must be given with --prompts"),
+        (["--prompts", "{prompts}", "--metrics", "ssim"], "`metrics` must be of fid, patch_fid, kid for prompts"),
+    ],
+)
+def test_what_cannot_be_measured_ends_with_one_sentence(
+    arguments, sentence, photographs, tmp_path, capsys, monkeypatch
+):
+    def refuse(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "grey").mkdir()
+    Image.fromarray(np.zeros((80, 80), dtype=np.uint8)).save(tmp_path / "grey" / "grey.png")
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    if "{ddpm}" in arguments:
+        DDPMPipeline(unet=make_flow_unet(KNOWN_SPACES["sd15-vae"]), scheduler=DDPMScheduler()).save_pretrained(
+            tmp_path / "ddpm"
+        )
+    places = {name: tmp_path / name for name in ("empty", "grey", "ddpm")}
+    places |= {"photographs": photographs, "prompts": tmp_path / "prompts.txt"}
+    if "{weights}" in arguments:
+        save_file(random_inception(), tmp_path / "inception.safetensors")
+        arguments = [*arguments[:-1], "--inception_weights", str(tmp_path / "inception.safetensors")]
+    assert cli.main([argument.format(**places) for argument in arguments]) == 1
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert "Traceback" not in error

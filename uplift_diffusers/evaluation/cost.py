@@ -1,0 +1,119 @@
+"""What an image costs: seconds, stage by stage, and memory."""
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from uplift_diffusers.evaluation.methods import Method, Sample
+
+
+@dataclass(frozen=True)
+class Cost:
+    """
+    Medians over calls after a warm-up.
+
+    Args:
+        edge: pixels of the output's edge.
+        seconds: from the small image or latents to the large image.
+        encode, decode: seconds of it that the VAE took to encode and to decode.
+        upsample: the rest, which is the method itself.
+        peak_bytes: the most memory that a call took beyond what was in use before it, weights included in the latter;
+            None where the system does not tell.
+    """
+
+    edge: int
+    seconds: float
+    encode: float
+    upsample: float
+    decode: float
+    peak_bytes: int | None
+
+
+def measure_cost(method: Method, sample: Sample, *, repeats: int, device: torch.device) -> Cost:
+    """
+    Call a method once to warm up and `repeats` times to measure.
+
+    The VAEs' `encode` and `decode` are timed by standing in front of them, so any pipeline that calls its VAE is
+    taken apart alike, and what decodes latents to an image first has decoded, too.
+    """
+    calls = []
+    with _stopwatch(method.vaes, device) as stages:
+        method(sample)
+        peak = _peak_of(lambda: method(sample), device)
+        for _ in range(repeats):
+            stages.update(encode=0.0, decode=0.0)
+            seconds = _seconds_of(lambda: method(sample), device)
+            calls.append((seconds, stages["encode"], seconds - sum(stages.values()), stages["decode"]))
+    return Cost(sample.size[0], *(statistics.median(column) for column in zip(*calls, strict=True)), peak)
+
+
+@contextmanager
+def _stopwatch(vaes: list[torch.nn.Module], device: torch.device) -> Iterator[dict[str, float]]:
+    """Seconds by stage that the VAEs spend inside the block."""
+    stages = {"encode": 0.0, "decode": 0.0}
+
+    def timed(name: str, function: Callable) -> Callable:
+        def call(*args, **kwargs):
+            results = []
+            stages[name] += _seconds_of(lambda: results.append(function(*args, **kwargs)), device)
+            return results[0]
+
+        return call
+
+    places = [(vae, name) for vae in vaes for name in stages]
+    for vae, name in places:
+        setattr(vae, name, timed(name, getattr(vae, name)))  # on the instance, in front of its class's method
+    try:
+        yield stages
+    finally:
+        for vae, name in places:
+            delattr(vae, name)
+
+
+def _seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    call()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def _peak_of(call: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes in use at the peak of `call` beyond those before it: of the allocator on CUDA, of the process on Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu" or not _reset_peak_memory():
+        call()
+        return None
+    before = _status_bytes("VmRSS")
+    call()
+    return max(_status_bytes("VmHWM") - before, 0)
+
+
+def _reset_peak_memory() -> bool:
+    """Give freed memory back to the system and let the kernel count the peak anew; whether that can be done here."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):  # another system than Linux with the GNU library, or not allowed to
+        return False
+    return True
+
+
+def _status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024

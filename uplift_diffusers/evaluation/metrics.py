@@ -1,0 +1,171 @@
+"""What is measured on one output: PSNR, SSIM, LPIPS and colour shift, and the Inception features that sets share."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.image.fid import NoTrainInceptionV3
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+from uplift_diffusers.evaluation.digests import digest_weights
+from uplift_diffusers.evaluation.records import Record
+
+IMAGE_METRICS = ("psnr", "ssim", "lpips", "color_shift")
+"""Compare an output with its ground truth; averaged over images."""
+
+SET_METRICS = ("fid", "patch_fid", "kid")
+"""Compare all outputs with all real images, by their Inception features."""
+
+SSIM_WINDOW_PX = 11
+_HALF = SSIM_WINDOW_PX // 2
+
+PREVIEW_PX = 128
+"""Edge of the centre crop that a record keeps for the contact sheet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """
+    The figures to take of every output.
+
+    Args:
+        names: of `IMAGE_METRICS` and `SET_METRICS`.
+        inception: the network of the set metrics; None where there are none.
+        lpips: the network of "lpips"; None where that is not asked for.
+        patch_size: edge in pixels of the crops of patch-FID.
+        patches: number of crops of an image.
+        seed: of the crops' places, which follow from it and the photograph and are the same for every method.
+    """
+
+    names: tuple[str, ...]
+    inception: NoTrainInceptionV3 | None = None
+    lpips: LearnedPerceptualImagePatchSimilarity | None = None
+    patch_size: int = 256
+    patches: int = 4
+    seed: int = 0
+    identity: dict = field(init=False)
+
+    def __post_init__(self):
+        for name in self.names:
+            if name not in IMAGE_METRICS + SET_METRICS:
+                known = ", ".join(IMAGE_METRICS + SET_METRICS)
+                raise ValueError(f"`metrics` must be of {known}, got {name!r}.")
+        for name in ("patch_size", "patches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        identity: dict = {"metrics": sorted(self.names)}
+        for name in ("inception", "lpips"):
+            if getattr(self, name) is not None:
+                identity[name] = digest_weights([getattr(self, name)])
+        if "patch_fid" in self.names:
+            identity["patches"] = [self.patch_size, self.patches, self.seed]
+        object.__setattr__(self, "identity", identity)
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """Those of the names that compare sets."""
+        return tuple(name for name in SET_METRICS if name in self.names)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its networks are, and everything is computed."""
+        networks = [network for network in (self.inception, self.lpips) if network is not None]
+        return next(networks[0].parameters()).device if networks else torch.device("cpu")
+
+    def check_edge(self, edge: int) -> None:
+        """Raise ValueError where images of `edge` pixels are too small for what is to be measured on them."""
+        if "ssim" in self.names and edge < SSIM_WINDOW_PX:
+            raise ValueError(f"`ssim` must be of images of at least {SSIM_WINDOW_PX} pixels, got {edge}.")
+        if "patch_fid" in self.names:
+            patch_places((edge, edge), self.patch_size, count=0, seed=self.seed, digest="0")
+
+    def measure(self, output: torch.Tensor, truth: torch.Tensor | None, *, digest: str) -> Record:
+        """
+        Measure an output, rounded to 8 bits as it would be saved.
+
+        Args:
+            output: (1, 3, H, W) in [0, 1].
+            truth: likewise, the photograph that it should be; None where there is none.
+            digest: of the photograph, for the places of its patches.
+        """
+        pixels = to_bytes(output).to(self.device)  # (1, 3, H, W) uint8
+        record = {} if truth is None else self._compare(pixels, to_bytes(truth).to(self.device))
+        return {**record, **self.describe(pixels, digest=digest), "preview": preview(pixels)}
+
+    def describe(self, pixels: torch.Tensor, *, digest: str) -> Record:
+        """Inception features of (1, 3, H, W) uint8 and of its patches, as far as the metrics need them."""
+        record: Record = {}
+        pixels = pixels.to(self.device)
+        if {"fid", "kid"} & set(self.names):
+            record["features"] = self.inception(pixels)[0]
+        if "patch_fid" in self.names:
+            places = patch_places(
+                tuple(pixels.shape[2:]), self.patch_size, count=self.patches, seed=self.seed, digest=digest
+            )
+            edge = self.patch_size
+            crops = [pixels[..., top : top + edge, left : left + edge] for top, left in places]
+            record["patch_features"] = self.inception(torch.cat(crops))  # (patches, 2048)
+        return record
+
+    def _compare(self, pixels: torch.Tensor, true_pixels: torch.Tensor) -> Record:
+        record: Record = {}
+        output, truth = pixels.float() / 255, true_pixels.float() / 255
+        if "psnr" in self.names:
+            record["psnr"] = peak_signal_noise_ratio(output, truth, data_range=1.0)
+        if "ssim" in self.names:
+            record["ssim"] = _ssim(output, truth)
+        if "lpips" in self.names:
+            record["lpips"] = self.lpips(output * 2 - 1, truth * 2 - 1)
+        if "color_shift" in self.names:
+            means = [image.cpu().double().mean(dim=(2, 3)) for image in (pixels, true_pixels)]
+            record["color_shift"] = (means[0] - means[1]).abs().mean()
+        return {name: figure.cpu().double() for name, figure in record.items()}  # not every device has float64
+
+
+def to_bytes(image: torch.Tensor) -> torch.Tensor:
+    """[0, 1] -> uint8, to the nearest."""
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def preview(pixels: torch.Tensor) -> torch.Tensor:
+    """(3, 128, 128), or smaller where the image is: the centre of (1, 3, H, W)."""
+    top, left = (max(length - PREVIEW_PX, 0) // 2 for length in pixels.shape[2:])
+    return pixels[0, :, top : top + PREVIEW_PX, left : left + PREVIEW_PX]
+
+
+def patch_places(size: tuple[int, int], edge: int, *, count: int, seed: int, digest: str) -> list[tuple[int, int]]:
+    """(top, left) of `count` square crops of `edge` pixels of an image of `size`, drawn from (seed, digest) alone."""
+    if min(size) < edge:
+        raise ValueError(f"`patch_size` must fit into every image, got {edge} for one of {size[1]} x {size[0]}.")
+    rng = np.random.default_rng((seed, int(digest, 16)))
+    return [tuple(int(rng.integers(0, length - edge + 1)) for length in size) for _ in range(count)]
+
+
+def _ssim(output: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """
+    SSIM of (1, 3, H, W) in [0, 1], over the windows that lie inside the image.
+
+    torchmetrics averages over the windows at the border, too, which see a mirrored image.
+
+    Source: Wang et al. 2004: Gaussian windows of 11 x 11 with a standard deviation of 1.5.
+    """
+    _, of_windows = structural_similarity_index_measure(output, truth, data_range=1.0, return_full_image=True)
+    return of_windows[..., _HALF:-_HALF, _HALF:-_HALF].cpu().double().mean()
+
+
+def load_lpips() -> LearnedPerceptualImagePatchSimilarity:
+    """
+    LPIPS on AlexNet, as it is mostly published.
+
+    Raises:
+        FileNotFoundError: torchvision can neither find nor download the weights of AlexNet.
+    """
+    try:
+        return LearnedPerceptualImagePatchSimilarity("alex").eval()
+    except OSError as error:
+        raise FileNotFoundError(
+            "lpips needs torchvision's weights of AlexNet, which are neither in its cache "
+            f"({torch.hub.get_dir()}/checkpoints) nor within reach. Leave lpips out of --metrics, or put "
+            "alexnet-owt-7be5be79.pth there."
+        ) from error

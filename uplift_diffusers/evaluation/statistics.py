@@ -1,0 +1,152 @@
+"""From measurements to figures: means with intervals, FID and KID from features."""
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+LEVEL = 0.95
+"""Of all intervals."""
+
+BOOTSTRAP_DRAWS = 2000
+BOOTSTRAP_BLOCK = 100
+KID_SUBSETS = 100
+KID_SUBSET_SIZE = 1000
+FEW_SAMPLES = 2048
+"""Below it the covariance of 2048 features has no full rank, and FID is far from its limit."""
+
+_ALONE = {"sync_on_compute": False}
+"""One process computes the figures, from the records of all: torchmetrics must not wait for the others."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """
+    A figure.
+
+    Args:
+        value: the figure itself; PSNR may be infinite.
+        samples: number of images, or of patches, that it comes from; of two sets the smaller one's.
+        low, high: its interval of 95 %, None where there is none.
+    """
+
+    value: float
+    samples: int
+    low: float | None = None
+    high: float | None = None
+
+
+def bootstrap_mean(values: np.ndarray, *, seed: int) -> Estimate:
+    """
+    The mean of (n,) values, with the percentile interval of the means of samples drawn from them with replacement.
+
+    Source: Efron and Tibshirani 1993, section 13.3.
+    """
+    value, count = float(np.mean(values)), len(values)
+    if count < 2:
+        return Estimate(value, count)
+    rng = np.random.default_rng(seed)
+    blocks = range(BOOTSTRAP_DRAWS // BOOTSTRAP_BLOCK)  # together they would take gigabytes for many images
+    means = [values[rng.integers(0, count, (BOOTSTRAP_BLOCK, count))].mean(axis=1) for _ in blocks]
+    return Estimate(value, count, *_interval(np.concatenate(means)))
+
+
+def paired_difference(values: np.ndarray, others: np.ndarray, *, seed: int) -> Estimate | None:
+    """The mean of `values - others`, image by image, with its bootstrap interval; None where one is infinite."""
+    if not (np.isfinite(values).all() and np.isfinite(others).all()):
+        return None
+    return bootstrap_mean(values - others, seed=seed)
+
+
+def frechet_distance(real: torch.Tensor, fake: torch.Tensor) -> Estimate:
+    """
+    FID, by torchmetrics in float64.
+
+    Fewer images than features span a subspace. The distance between the two Gaussians lies in it, so the features
+    are given by their coordinates there: the same distance, without the products and roots of thousands of zeros.
+
+    Args:
+        real, fake: (n, 2048) and (m, 2048), n and m at least 2.
+    """
+    real, fake = real.double(), fake.double()
+    together = torch.cat([real, fake])
+    if len(together) < together.shape[1]:
+        basis = torch.linalg.qr(together.T).Q  # (2048, n + m), orthonormal
+        real, fake = real @ basis, fake @ basis
+    metric = _frechet_metric(real.shape[1])
+    metric.update(real, real=True)
+    metric.update(fake, real=False)
+    return Estimate(metric.compute().item(), min(len(real), len(fake)))
+
+
+def frechet_distance_to_moments(mean: torch.Tensor, covariance: torch.Tensor, fake: torch.Tensor) -> Estimate:
+    """
+    FID to real images of which the statistics alone are known.
+
+    Args:
+        mean, covariance: (2048,) and (2048, 2048), of the features of the real images.
+        fake: (m, 2048), m at least 2.
+    """
+    metric = _frechet_metric(len(mean))
+    metric.update(fake.double(), real=False)
+    # Sums over two images that have these moments: the metric takes mean and covariance from them, and no more.
+    mean = mean.double()
+    metric.real_features_num_samples += 2
+    metric.real_features_sum += 2 * mean
+    metric.real_features_cov_sum += covariance.double() + 2 * torch.outer(mean, mean)
+    return Estimate(metric.compute().item(), len(fake))
+
+
+def kernel_distance(real: torch.Tensor, fake: torch.Tensor, *, seed: int, paired: bool) -> Estimate:
+    """
+    KID, by torchmetrics in float64: the mean over random subsets, with the interval that 95 % of them lie in.
+
+    A subset has 1000 images, or half of them where there are fewer than 2000, so the interval is that of a smaller
+    sample than the mean's and on the safe side.
+
+    Args:
+        real, fake: (n, 2048) and (m, 2048), n and m at least 4.
+        seed: of the subsets.
+        paired: `fake[i]` was made from `real[i]`. A subset is then compared with other photographs than its own:
+            the estimator is unbiased for independent samples alone, and falls below 0 where they are pairs.
+    """
+    size = min(KID_SUBSET_SIZE, len(real) // 2, len(fake) // 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # says that it keeps the features, which are here anyway
+        metric = KernelInceptionDistance(_Given(real.shape[1]), subsets=1, subset_size=size, **_ALONE)
+    generator, distances = torch.Generator().manual_seed(seed), []
+    for _ in range(KID_SUBSETS):
+        order = torch.randperm(len(real), generator=generator)
+        others = order[size:] if paired else torch.randperm(len(fake), generator=generator)
+        metric.update(real[order[:size]].double(), real=True)
+        metric.update(fake[others[:size]].double(), real=False)
+        with torch.random.fork_rng(devices=[]):  # it shuffles the subset once more, which changes the rounding
+            torch.default_generator.manual_seed(seed)
+            distances.append(metric.compute()[0].item())
+        metric.reset()
+    return Estimate(float(np.mean(distances)), min(len(real), len(fake)), *_interval(np.array(distances)))
+
+
+def _frechet_metric(num_features: int) -> FrechetInceptionDistance:
+    return FrechetInceptionDistance(_Given(num_features), **_ALONE).set_dtype(torch.float64)
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    tail = (1 - LEVEL) / 2
+    # Values that occur, not ones between them: between a number and infinity there is none.
+    low, high = np.quantile(values, (tail, 1 - tail), method="inverted_cdf")
+    return float(low), float(high)
+
+
+class _Given(torch.nn.Module):
+    """Stands where torchmetrics has its network; the features are there already."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features
