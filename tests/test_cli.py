@@ -29,6 +29,7 @@ UPSAMPLER = {
     "noise_channels": 2,
 }
 
+ROOT = Path(cli.__file__).parent.parent
 ORIENTATION = ExifTags.Base.Orientation
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -331,6 +332,33 @@ def test_inputs_that_differ_in_a_suffix_that_becomes_png_are_refused(upscale, tm
         save(picture(), tmp_path / "photos" / name)
     assert upscale(tmp_path / "photos", "--output", tmp_path / "large") == 2
     assert str(tmp_path / "large" / "a.png") in error_line(capsys)
+
+
+def test_a_launched_job_is_split_over_its_processes_and_summed_up_once(upscale, model, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    for seed, name in enumerate(("a.png", "b.png", "d.jpg", "e.png")):
+        save(picture(40, 40, seed), photos / name)
+    (photos / "c.png").write_text("not pixels at all")
+    save(picture(), tmp_path / "both" / "e.png")
+
+    assert upscale(photos, "--output", tmp_path / "alone") == 1
+    capsys.readouterr()
+    # On a machine without GPUs, this is how accelerate starts two processes.
+    launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m", "uplift_diffusers")
+    arguments = ("upscale", photos, "--output", tmp_path / "both", "--model", model, "--device", "cpu")
+    result = subprocess.run(
+        [sys.executable, *launch, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert result.returncode == 1, result.stderr
+    assert result.stdout == "3 written, 1 already there, 1 skipped\n"
+    assert result.stderr.count(f"{photos / 'c.png'}: not an image") == 1
+    assert files_below(tmp_path / "both") == ["a.png", "b.png", "d.jpg", "e.png"]
+    for name in ("a.png", "b.png", "d.jpg"):
+        assert (tmp_path / "both" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
 # Nothing is lost
@@ -659,8 +687,8 @@ def test_only_the_first_frame_is_enlarged_and_that_is_told(upscale, tmp_path, ca
 @pytest.mark.parametrize(
     ("size", "scale", "name", "reason"),
     [
-        ((4_001, 4_000), "2", "a.png", "would be enlarged to 8002 x 8000, more than the limit of 64 megapixels"),
-        ((2_001, 2_000), "3", "a.png", "would be enlarged to 8004 x 8000, more than the limit of 64 megapixels"),
+        ((5_001, 5_000), "2", "a.png", "would be enlarged to 10002 x 10000, more than the limit of 100 megapixels"),
+        ((2_501, 2_500), "3", "a.png", "would be enlarged to 10004 x 10000, more than the limit of 100 megapixels"),
         ((9_000, 1), "2", "a.webp", "the output of 18000 x 2 pixels has an edge over the 16383 of a .webp"),
         ((33_000, 1), "2", "a.jpg", "the output of 66000 x 2 pixels has an edge over the 65500 of a .jpg"),
     ],
@@ -761,6 +789,17 @@ def test_vae_of_diffusers_is_loaded_by_its_class_and_its_latents_declared(upscal
     assert load(tmp_path / "large.png").size == (64, 48)
 
 
+def test_computation_in_bfloat16_gives_nearly_the_same_image(upscale, model, tmp_path, capsys):
+    source = save(picture(), tmp_path / "photo.png")
+    for name, flags in (("whole", ()), ("half", ("--dtype", "bfloat16"))):
+        assert upscale(source, "--output", tmp_path / f"{name}.png", *flags) == 0
+    arguments = ("--vae", model, "--dtype", "bfloat16")
+    assert upscale(source, "--output", tmp_path / "apart.png", *arguments, model=model / "upsampler") == 0
+    assert 0 < difference(load(tmp_path / "half.png"), load(tmp_path / "whole.png")) < 1
+    assert (tmp_path / "apart.png").read_bytes() == (tmp_path / "half.png").read_bytes()
+    assert error_of_output(capsys) == ""
+
+
 def test_vae_replaces_that_of_a_pipeline(upscale, model, tmp_path):
     vae = make_vae()
     torch.nn.init.zeros_(vae.linear_decoder.weight)
@@ -844,8 +883,7 @@ def command(*arguments):
 
 
 def run_process(*arguments, environment=None):
-    root = Path(cli.__file__).parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(root), **(environment or {})}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
     return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment, timeout=300)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from uplift_diffusers._version import __version__
 from uplift_diffusers.embedded import embedded_bundle
+from uplift_diffusers.processes import local_device_index, process_share, sum_over_processes
 from uplift_diffusers.scale import MAX_SCALE, num_steps_for_scale, scaled_size
 
 # torch, diffusers and Pillow are imported where they are needed: --help and a mistyped flag have to answer at once.
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
     from uplift_diffusers.pipelines.super_resolution import UPLiFTSuperResolutionPipeline
 
-MAX_OUTPUT_PIXELS = 64_000_000
-"""Pixels of the largest image that is made. It lies in memory whole, which takes the embedded bundle 4.5 GB."""
+MAX_OUTPUT_PIXELS = 100_000_000
+"""Pixels of the largest image that is made, which lies in memory as a Pillow image with four bytes for each."""
 
 MAX_SEED = 2**63 - 1
 
@@ -44,6 +45,10 @@ Running it again:
   files the others are made. So the same command takes an interrupted job up again. Nothing is ever half-written.
   The same input, seed, model, kind of device and versions give the same output, alone or in a folder.
 
+Several devices or machines:
+  accelerate launch -m uplift_diffusers upscale ... splits the files over the processes that it starts, one for each
+  GPU, and says at the end what all of them did. Outputs are the same.
+
 Exit code:
   0    every output is written, or was there already
   1    some inputs could not be enlarged; each is named on stderr, the other ones are done
@@ -56,6 +61,30 @@ Examples:
   uplift-diffusers upscale holiday/ --output holiday_4x --scale 4
   uplift-diffusers upscale photo.jpg --output large.jpg --model UPLiFT-upsampler/uplift_sd1.5vae \\
       --vae stable-diffusion-v1-5/stable-diffusion-v1-5
+"""
+
+
+_FETCH_EPILOG = """\
+Unsplash-Lite:
+  Unsplash lets you use the photographs of its Lite dataset internally, to train machine-learning models. You must not
+  publish them or pass them on. By downloading them you accept its terms: https://unsplash.com/data-terms
+
+  Its archive, which https://github.com/unsplash/datasets links to, holds the addresses of 25,000 photographs. They
+  are fetched at --size as JPEG of quality 95, to DIR/<photo_id>.jpg.
+
+  Every file appears whole, after its image was decoded. What is there already is left alone, so the same command
+  takes an interrupted one up again. What cannot be had is listed in DIR/unavailable.tsv: `gone` for addresses that
+  lead nowhere any more, `failed` for what may be there the next time.
+
+Exit code:
+  0    every photograph is there, or gone
+  1    some photographs failed, or the connection did; run the same command again
+  2    nothing was begun: an argument is wrong, or the dataset is damaged
+  130  interrupted by Ctrl-C
+
+Example:
+  uplift-diffusers fetch unsplash-lite --dataset unsplash-lite-1.4.1.zip --output photos \\
+      --sha256 aa0fcb859040ed64e93817d1d878d0c6f861763283261ba1a6aa5d8d4af6aec6
 """
 
 
@@ -105,6 +134,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"uplift-diffusers {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_upscale(commands)
+    _add_fetch(commands)
     return parser
 
 
@@ -143,7 +173,46 @@ def _add_upscale(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps, ... (default: auto)"
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the computation: bfloat16 takes about half the time on CPUs with AVX512_BF16 (default: float32)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+
+
+def _add_fetch(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "fetch",
+        help="download the photographs that a dataset lists",
+        description="Download the photographs that a dataset lists.",
+        epilog=_FETCH_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=fetch)
+    parser.add_argument("name", choices=("unsplash-lite",), metavar="NAME", help="unsplash-lite")
+    parser.add_argument(
+        "--dataset", required=True, metavar="PATH", help="the dataset as published: its archive, or the folder of it"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the photographs")
+    parser.add_argument(
+        "--size",
+        type=_parse_count,
+        default=1024,
+        help="pixels of the short side, or as many as there are (default: 1024)",
+    )
+    parser.add_argument("--jobs", type=_parse_count, default=8, metavar="N", help="downloads at a time (default: 8)")
+    parser.add_argument(
+        "--sha256", metavar="HEX", help="what the SHA-256 of PATH must be; of a folder, of its photos.tsv000"
+    )
+
+
+def _parse_count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _parse_scale(text: str) -> float:
@@ -164,26 +233,57 @@ def _parse_seed(text: str) -> int:
 def upscale(options: argparse.Namespace) -> int:
     """The command `upscale`; its `--help` is its contract."""
     # 1. Everything that can be wrong is looked at before torch is imported, which takes seconds
-    tasks = plan_tasks(options.inputs, options.output)
+    index, count = process_share()
+    # A share of all tasks and not of those that wait, which become fewer while other processes write.
+    tasks = plan_tasks(options.inputs, options.output)[index::count]
     waiting = tasks if options.overwrite else [task for task in tasks if not os.path.lexists(task.target)]
     num_there = len(tasks) - len(waiting)
     if num_there and not _is_batch(options.inputs):
         raise CommandError(f"{tasks[0].target} exists. Pass --overwrite to replace it.")
-    if not waiting:
-        print(_summary(written=0, there=num_there, skipped=0))
-        return 0
-    _check_writable(waiting[0].target.parent if not _is_batch(options.inputs) else Path(options.output))
+    written = 0
+    if waiting:
+        _check_writable(waiting[0].target.parent if not _is_batch(options.inputs) else Path(options.output))
 
-    # 2. Load
-    device = _choose_device(options.device)
-    pipeline = _load_pipeline(options.model, options.vae, options.latent_space)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(device)
+        # 2. Load
+        device = choose_device(options.device)
+        pipeline = load_pipeline(options.model, options.vae, options.latent_space, dtype=options.dtype)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.to(device)
 
-    # 3. Enlarge, one file at a time
-    written = _upscale_files(waiting, pipeline, scale=options.scale, seed=options.seed)
-    print(_summary(written=written, there=num_there, skipped=len(waiting) - written))
-    return 0 if written == len(waiting) else 1
+        # 3. Enlarge, one file at a time
+        written = _upscale_files(waiting, pipeline, scale=options.scale, seed=options.seed)
+
+    # 4. Say what was done, once for all processes
+    written, num_there, num_skipped = sum_over_processes(written, num_there, len(waiting) - written)
+    if index == 0:
+        print(_summary(written=written, there=num_there, skipped=num_skipped))
+    return 0 if num_skipped == 0 else 1
+
+
+def fetch(options: argparse.Namespace) -> int:
+    """The command `fetch`; its `--help` is its contract."""
+    try:
+        from uplift_diffusers.data.unsplash import TERMS, check_folder, fetch_photos, read_photos
+    except ImportError as error:
+        raise CommandError("fetch needs httpx: pip install 'uplift-diffusers[train]'.") from error
+
+    try:
+        photos = read_photos(options.dataset, sha256=options.sha256)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--dataset: {error}") from error
+    try:
+        check_folder(Path(options.output), options.size)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--output: {error}") from error
+    print(TERMS)
+    try:
+        summary = fetch_photos(photos, options.output, size=options.size, jobs=options.jobs)
+    except OSError as error:
+        print(f"{options.output}: {reason(error)}", file=sys.stderr)
+        return 1
+    counts = {"fetched": summary.fetched, "there": summary.there, "gone": summary.gone, "failed": summary.failed}
+    print(", ".join(f"{count} {what}" for what, count in counts.items()))
+    return 1 if summary.failed else 0
 
 
 def plan_tasks(inputs: list[str], output: str) -> list[Task]:
@@ -271,14 +371,16 @@ def _check_writable(folder: Path) -> None:
     try:
         make_writable_folder(folder)
     except OSError as error:
-        raise CommandError(f"--output: cannot write into the folder {folder}: {_reason(error)}") from error
+        raise CommandError(f"--output: cannot write into the folder {folder}: {reason(error)}") from error
 
 
-def _choose_device(name: str) -> "torch.device":
+def choose_device(name: str) -> "torch.device":
     import torch
 
     if name == "auto":
-        available = (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
+        index = local_device_index()
+        cuda = "cuda" if index is None else f"cuda:{index}"
+        available = ((cuda, torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
         name = next((kind for kind, is_there in available if is_there), "cpu")
     try:
         device = torch.device(name)
@@ -288,7 +390,10 @@ def _choose_device(name: str) -> "torch.device":
     return device
 
 
-def _load_pipeline(model: str | None, vae: str | None, latent_space: str | None) -> "UPLiFTSuperResolutionPipeline":
+def load_pipeline(
+    model: str | None, vae: str | None, latent_space: str | None, *, dtype: str = "float32"
+) -> "UPLiFTSuperResolutionPipeline":
+    import torch
     from diffusers import DiffusionPipeline
     from diffusers.utils.logging import disable_progress_bar
     from huggingface_hub.errors import HTTPError  # of the HTTP library, whichever it is
@@ -299,21 +404,22 @@ def _load_pipeline(model: str | None, vae: str | None, latent_space: str | None)
 
     expected = (OSError, ValueError, TypeError, RuntimeError, ImportError, HTTPError)
     disable_progress_bar()
+    kind = {"dtype": getattr(torch, dtype)}
     if model is None:
         model = str(embedded_bundle())
         if not os.path.isdir(model):
             raise CommandError("the model that comes with the package is not installed. Name one with --model.")
 
     try:
-        components = {"vae": load_vae(vae)} if vae is not None else {}
+        components = {"vae": load_vae(vae, **kind)} if vae is not None else {}
     except expected as error:
-        raise CommandError(f"--vae {vae} cannot be loaded: {_reason(error)}") from error
+        raise CommandError(f"--vae {vae} cannot be loaded: {reason(error)}") from error
     try:
         config = DiffusionPipeline.load_config(model)
     except expected as error:
         if vae is None and not os.path.exists(model):
             raise CommandError(
-                f"--model {model} cannot be loaded as a pipeline: {_reason(error)} A UPLiFTModel needs --vae."
+                f"--model {model} cannot be loaded as a pipeline: {reason(error)} A UPLiFTModel needs --vae."
             ) from error
         if vae is None:
             raise CommandError(f"--model {model} is not a pipeline. If it is a UPLiFTModel, name a --vae.") from error
@@ -322,13 +428,13 @@ def _load_pipeline(model: str | None, vae: str | None, latent_space: str | None)
         raise CommandError(f"--model must be a UPLiFTSuperResolutionPipeline, got a {config.get('_class_name')}.")
     try:
         if config is None:
-            upsampler = UPLiFTModel.from_pretrained(model)
+            upsampler = UPLiFTModel.from_pretrained(model, **kind)
             return UPLiFTSuperResolutionPipeline(**components, upsampler=upsampler, latent_space=latent_space)
         if latent_space is not None:
             components["latent_space"] = latent_space
-        return UPLiFTSuperResolutionPipeline.from_pretrained(model, **components)
+        return UPLiFTSuperResolutionPipeline.from_pretrained(model, **components, **kind)
     except expected as error:
-        raise CommandError(f"--model {model} cannot be loaded: {_reason(error)}") from error
+        raise CommandError(f"--model {model} cannot be loaded: {reason(error)}") from error
 
 
 def _upscale_files(tasks: list[Task], pipeline: "UPLiFTSuperResolutionPipeline", *, scale: float, seed: int) -> int:
@@ -336,12 +442,13 @@ def _upscale_files(tasks: list[Task], pipeline: "UPLiFTSuperResolutionPipeline",
     from tqdm import tqdm
 
     written = 0
-    with tqdm(tasks, unit="file", disable=None, dynamic_ncols=True) as progress:  # None: only in a terminal
+    hidden = None if process_share()[0] == 0 else True  # None: only in a terminal
+    with tqdm(tasks, unit="file", disable=hidden, dynamic_ncols=True) as progress:
         for task in progress:
             try:
                 losses = _upscale_file(task, pipeline, scale=scale, seed=seed)
             except (OSError, ValueError, RuntimeError, MemoryError) as error:
-                tqdm.write(f"{task.source}: {_reason(error)}", file=sys.stderr)
+                tqdm.write(f"{task.source}: {reason(error)}", file=sys.stderr)
                 continue
             written += 1
             for loss in losses:
@@ -358,7 +465,7 @@ def _upscale_file(
     from uplift_diffusers.image_files import open_image, save_image
 
     opened = open_image(task.source)
-    _check_output_size(opened.image.size, scale, task.target.suffix)
+    check_output_size(opened.image.size, scale, task.target.suffix)
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same noise on every device
     enlarged = pipeline(image=opened.image, scale=scale, generator=generator).images[0]
     task.target.parent.mkdir(parents=True, exist_ok=True)
@@ -366,15 +473,17 @@ def _upscale_file(
     return opened.losses
 
 
-def _check_output_size(size: tuple[int, int], scale: float, suffix: str) -> None:
+def check_output_size(
+    size: tuple[int, int], scale: float, suffix: str, *, max_pixels: int = MAX_OUTPUT_PIXELS
+) -> None:
     from uplift_diffusers.image_files import MAX_EDGES, OUTPUT_FORMATS
 
     num_steps = num_steps_for_scale(scale)
     width, height = (edge * 2**num_steps for edge in size)
-    if num_steps and width * height > MAX_OUTPUT_PIXELS:
+    if num_steps and width * height > max_pixels:
         raise ValueError(
             f"{size[0]} x {size[1]} pixels would be enlarged to {width} x {height}, "
-            f"more than the limit of {MAX_OUTPUT_PIXELS / 1e6:g} megapixels."
+            f"more than the limit of {max_pixels / 1e6:g} megapixels."
         )
     width, height = scaled_size(size, scale)
     max_edge = MAX_EDGES.get(OUTPUT_FORMATS[suffix.lower()], max(width, height))
@@ -382,7 +491,7 @@ def _check_output_size(size: tuple[int, int], scale: float, suffix: str) -> None
         raise ValueError(f"the output of {width} x {height} pixels has an edge over the {max_edge} of a {suffix}.")
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """One sentence on what went wrong."""
     text = (error.strerror if isinstance(error, OSError) and error.strerror else str(error)).strip()
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:

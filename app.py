@@ -1,0 +1,11 @@
+"""
+Enlarge and create pictures in the browser.
+
+    python app.py
+    python app.py --model UPLiFT-upsampler/uplift_sd1.5vae --vae stable-diffusion-v1-5/stable-diffusion-v1-5
+"""
+
+from uplift_diffusers.demo.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,187 @@
+"""What the demo does beneath its page: jobs one after the other, comparisons, pictures of prompts."""
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+from tests.components import make_local_vae, make_upsampler, smooth_images, stable_diffusion_components
+from uplift_diffusers import UPLiFTSuperResolutionPipeline, UPLiFTTextToImagePipeline
+from uplift_diffusers.demo.cli import main
+from uplift_diffusers.demo.pictures import compare_methods, preview
+from uplift_diffusers.demo.text_to_image import Request, Source, create
+from uplift_diffusers.demo.workshop import StoppedError, Workshop
+
+LIMIT = 10**9
+
+
+@pytest.fixture
+def workshop(tmp_path):
+    opened = Workshop(tmp_path)
+    yield opened
+    opened.close()
+
+
+def ignore(fraction, sentence):
+    pass
+
+
+def do(workshop, work):
+    """The outcome of one job, and what it reported."""
+    reports = []
+    outcome = asyncio.run(workshop.run(work, visitor="somebody", report=lambda *report: reports.append(report)))
+    return outcome, reports
+
+
+def test_jobs_are_done_one_after_the_other_in_their_order(workshop):
+    events, first_began = [], threading.Event()
+
+    def work(name):
+        def run(job):
+            events.append(f"{name} begins")
+            first_began.set()
+            for _ in range(100):
+                job.check()
+            events.append(f"{name} ends")
+            return name
+
+        return run
+
+    async def visit():
+        return await asyncio.gather(*(workshop.run(work(n), visitor=n, report=ignore) for n in "abc"))
+
+    assert asyncio.run(visit()) == ["a", "b", "c"]
+    assert events == ["a begins", "a ends", "b begins", "b ends", "c begins", "c ends"]
+
+
+@pytest.mark.parametrize("way", ["cancelled", "left"])
+def test_a_job_that_nobody_waits_for_stops_and_leaves_no_files(workshop, way):
+    began, ended = threading.Event(), []
+
+    def work(job):
+        (job.folder / "half").touch()
+        began.set()
+        try:
+            while True:
+                job.check()
+        except StoppedError:
+            ended.append(True)
+            raise
+
+    async def visit():
+        task = asyncio.create_task(workshop.run(work, visitor="somebody", report=ignore))
+        await asyncio.to_thread(began.wait)
+        if way == "cancelled":
+            task.cancel()
+        else:
+            workshop.leave("somebody")
+        with pytest.raises((asyncio.CancelledError, StoppedError)):
+            await task
+        return await workshop.run(lambda job: "served", visitor="another", report=ignore)
+
+    assert asyncio.run(visit()) == "served"
+    assert ended == [True]
+    assert not list(workshop.root.rglob("half"))
+
+
+def test_a_report_says_the_stage_and_counts_up_to_one(workshop):
+    def work(job):
+        job.plan({"Peeling": 1, "Nothing": 0, "Cooking": 3})
+        job.advance("Peeling", 0.5)
+        job.advance("Peeling", 1)
+        job.advance("Cooking", 1)
+
+    _, reports = do(workshop, work)
+    assert [fraction for fraction, _ in reports] == [0, 0.125, 0.25, 1]
+    assert [sentence.partition(",")[0] for _, sentence in reports] == ["Peeling", "Peeling", "Cooking", "Saving"]
+    assert reports[1][1] == "Peeling, about 1 s left"
+
+
+def test_the_compared_pictures_are_those_of_their_methods(workshop, tmp_path):
+    pipeline = UPLiFTSuperResolutionPipeline(
+        vae=make_local_vae(), upsampler=make_upsampler("test-local", latent_channels=12)
+    )
+    color = smooth_images(1, 36, 52)  # no multiples of 8
+    image = Image.fromarray((color[0].permute(1, 2, 0) * 255).round().byte().numpy())
+    image.save(tmp_path / "picture.png")
+    panes, _ = do(
+        workshop,
+        lambda job: compare_methods(job, tmp_path / "picture.png", pipeline=pipeline, scale=2, max_pixels=LIMIT),
+    )
+
+    color = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+    padded = F.pad(color, (0, 4, 0, 4), mode="replicate")
+    with torch.no_grad():
+        latents = pipeline.vae.encode(padded * 2 - 1).latent
+        latents = F.interpolate(latents, scale_factor=2, mode="bilinear")
+        bilinear = pipeline.vae.decode(latents).sample[0, :, :72, :104] / 2 + 0.5
+    uplift = pipeline(image=image, scale=2, generator=torch.Generator().manual_seed(0), output_type="pt").images[0]
+    expected = {
+        "Bicubic": pil_to_tensor(image.resize((104, 72), Image.Resampling.BICUBIC)) / 255,
+        "Latents, bilinear": bilinear,
+        "UPLiFT": uplift,
+    }
+    assert [pane.label for pane in panes] == list(expected)
+    for pane in panes:
+        made = np.asarray(Image.open(pane.path), dtype=float)
+        wanted = (expected[pane.label].clamp(0, 1) * 255).permute(1, 2, 0).numpy()
+        assert np.abs(made - wanted).max() <= (1 if pane.label == "Bicubic" else 0.51)  # Pillow rounds too
+
+
+def test_the_small_picture_is_stable_diffusions_own(workshop, tmp_path):
+    components = stable_diffusion_components(tmp_path / "tokenizer")
+    plain = StableDiffusionPipeline(**components, requires_safety_checker=False)
+    pipeline = UPLiFTTextToImagePipeline(**components, upsampler=make_upsampler(), requires_safety_checker=False)
+    request = Request("a cat", "", 4, 5.0, seed=3, scale=1.5, refinement=0.5)
+    (small, large), reports = do(workshop, lambda job: create(job, request, pipeline=pipeline, max_pixels=LIMIT))
+    expected = plain(
+        "a cat", num_inference_steps=4, guidance_scale=5.0, generator=torch.Generator().manual_seed(3)
+    ).images[0]
+    np.testing.assert_allclose(np.asarray(Image.open(small.path), dtype=int), np.asarray(expected, dtype=int), atol=1)
+    assert Image.open(large.path).size == large.size == (96, 96)
+    assert {sentence.partition(",")[0] for _, sentence in reports} == {"Denoising", "Refining", "Decoding", "Saving"}
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_every_kind_of_picture_has_a_preview(tmp_path, mode):
+    path = tmp_path / f"picture.{'tif' if mode in ('CMYK', 'I;16') else 'png'}"
+    levels = np.linspace(0, 65535, 1200, dtype=np.uint16)[None].repeat(40, axis=0)
+    if mode == "I;16":
+        Image.fromarray(levels).save(path)
+    else:
+        Image.fromarray((levels // 257).astype(np.uint8)).convert(mode).save(path)
+    pane = preview(path, tmp_path / "previews")
+    shown = Image.open(pane.path)
+    assert pane.size == (1200, 40)
+    assert shown.size == (1024, 34)
+    assert shown.mode == ("RGBA" if mode in ("LA", "RGBA") else "RGB")
+    values = np.asarray(shown.convert("L"), dtype=float)[17]
+    assert np.abs(values[[5, -5]] - [0, 255]).max() < 6
+
+
+def test_a_folder_that_is_no_stable_diffusion_is_told_so(tmp_path):
+    with pytest.raises(ValueError, match="is no diffusers folder of Stable Diffusion"):
+        Source(str(tmp_path)).find()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--max_pixels", "0"], "--max_pixels must be at least 1, got 0."),
+        (["--port", "70000"], "--port must be from 1 to 65535, got 70000."),
+        (["--auth", "name"], "--auth must be NAME:PASSWORD."),
+        (["--vae", "somebody/vae"], "--vae and --latent_space need a --model."),
+        (["--model", "nowhere"], "--model must be a folder or a name on the hub (owner/name), got nowhere"),
+    ],
+)
+def test_a_wrong_argument_is_answered_at_once_in_one_line(arguments, sentence, capsys):
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"app.py: error: {sentence}")

@@ -1,0 +1,1 @@
+"""The demo: `python app.py` opens a page that enlarges, creates and compares pictures."""

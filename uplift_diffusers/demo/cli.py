@@ -1,0 +1,149 @@
+"""Command line of the demo: `python app.py`."""
+
+import argparse
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from uplift_diffusers.demo.text_to_image import STABLE_DIFFUSION, UPSAMPLER, Source
+from uplift_diffusers.embedded import embedded_bundle
+
+DEFAULT_MAX_PIXELS = 64_000_000
+MAX_FILE_BYTES = 100_000_000
+EMBEDDED = "Embedded"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve the page until Ctrl-C, with the command line `arguments`, by default those of the process."""
+    options = _build_parser().parse_args(arguments)
+    if sentence := _what_is_wrong(options):
+        print(f"app.py: error: {sentence}", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    folder = Path(tempfile.mkdtemp(prefix="uplift-demo-"))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to leave no files behind either
+    try:
+        return _serve(options, folder)
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="app.py", description="Enlarge and create pictures in the browser.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "--model",
+        metavar="DIR_OR_HUB_ID",
+        help="offered beside the embedded model: a saved UPLiFTSuperResolutionPipeline, or a UPLiFTModel with --vae",
+    )
+    parser.add_argument("--vae", metavar="DIR_OR_HUB_ID", help="VAE of --model, where it is not its own")
+    parser.add_argument("--latent_space", metavar="NAME", help="declares whose latents --vae speaks")
+    parser.add_argument(
+        "--text_to_image",
+        metavar="DIR_OR_HUB_ID",
+        default=STABLE_DIFFUSION,
+        help=f"Stable Diffusion 1.x for the tab Create (default: {STABLE_DIFFUSION}, downloaded on a click)",
+    )
+    parser.add_argument(
+        "--upsampler",
+        metavar="DIR_OR_HUB_ID",
+        default=UPSAMPLER,
+        help=f"UPLiFTModel for the tab Create, where --text_to_image has none (default: {UPSAMPLER})",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda:1, ... (default: auto)"
+    )
+    parser.add_argument(
+        "--max_pixels",
+        type=int,
+        default=DEFAULT_MAX_PIXELS,
+        metavar="N",
+        help=f"pixels of the largest picture that is made (default: {DEFAULT_MAX_PIXELS})",
+    )
+    parser.add_argument("--port", type=int, metavar="N", help="default: the first free one from 7860 on")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: this one alone)")
+    parser.add_argument("--share", action="store_true", help="make a public address, through Gradio's server")
+    parser.add_argument("--auth", metavar="NAME:PASSWORD", help="ask for these before anything is shown")
+    return parser
+
+
+def _what_is_wrong(options: argparse.Namespace) -> str | None:
+    """A sentence on the first argument that cannot be right; whether a model loads is seen when it is loaded."""
+    if options.max_pixels < 1:
+        return f"--max_pixels must be at least 1, got {options.max_pixels}."
+    if options.port is not None and not 1 <= options.port <= 65535:
+        return f"--port must be from 1 to 65535, got {options.port}."
+    if options.auth is not None and not all(options.auth.partition(":")):
+        return "--auth must be NAME:PASSWORD."
+    if options.model is None and (options.vae or options.latent_space):
+        return "--vae and --latent_space need a --model."
+    for name in ("model", "vae", "text_to_image", "upsampler"):
+        place = getattr(options, name)
+        if place is not None and not os.path.exists(place) and place.count("/") != 1:
+            return f"--{name} must be a folder or a name on the hub (owner/name), got {place}, which is neither."
+    if options.model is None and not embedded_bundle().is_dir():
+        return "the model that comes with the package is not installed. Name one with --model."
+    return None
+
+
+def _serve(options: argparse.Namespace, folder: Path) -> int:
+    # Gradio reads these when it is imported. Nothing is told to or fetched from the network.
+    os.environ.update(
+        GRADIO_TEMP_DIR=str(folder),
+        GRADIO_ANALYTICS_ENABLED="False",
+        GRADIO_RUN_HISTORY="False",
+        HF_HUB_DISABLE_TELEMETRY="1",
+    )
+    try:
+        from uplift_diffusers.demo.page import CSS, THEME, build
+        from uplift_diffusers.demo.parts import Limits
+    except ImportError as error:
+        print(f'app.py: error: {error}. Install the demo\'s packages: pip install -e ".[demo]"', file=sys.stderr)
+        return 2
+    from uplift_diffusers.demo.models import Model, Models
+    from uplift_diffusers.demo.workshop import Workshop
+
+    offered = {EMBEDDED: Model()} if embedded_bundle().is_dir() else {}
+    if options.model is not None:
+        offered[options.model] = Model(options.model, options.vae, options.latent_space)
+    models = Models(options.device, offered)
+    workshop = Workshop(folder)
+    is_local = options.host in ("127.0.0.1", "localhost", "::1") and not options.share
+    page = build(
+        workshop=workshop,
+        models=models,
+        source=Source(options.text_to_image, options.upsampler),
+        limits=Limits(options.max_pixels, other_models=is_local),
+        examples=sorted(path for path in EXAMPLES.glob("*") if path.suffix in (".jpg", ".png")),
+    )
+    try:
+        page.launch(
+            server_name=options.host,
+            server_port=options.port,
+            share=options.share,
+            auth=tuple(options.auth.split(":", 1)) if options.auth else None,
+            max_file_size=MAX_FILE_BYTES,
+            allowed_paths=[str(EXAMPLES)],
+            theme=THEME,
+            css=CSS,
+            footer_links=["api"],
+            ssr_mode=False,
+            prevent_thread_lock=True,
+        )
+    except OSError as error:  # no free port
+        print(f"app.py: error: {error}", file=sys.stderr)
+        return 2
+    workshop.begin(lambda: models.enlarger(list(offered)[-1]))  # while somebody looks for a picture
+    try:
+        page.block_thread()
+    finally:
+        workshop.close()
+    return 0
