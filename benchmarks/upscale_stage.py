@@ -13,10 +13,8 @@ measured, plus the stage; text encoding is left out. Prints a Markdown table.
 """
 
 import argparse
-import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -28,6 +26,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from benchmarks.measure import in_fresh_process, peak_resident_bytes, processor
 from uplift_diffusers import LatentSpace, UPLiFTModel, __version__
 from uplift_diffusers.scale import num_steps_for_scale
 from uplift_diffusers.upscale_stage import decode_to_scale, upscale_raw_latents
@@ -53,10 +52,7 @@ def make_vae(settings: dict) -> AutoencoderKL:
 
 def peak_bytes(device: str) -> int:
     """Highest use of memory so far: of the process on a CPU, of tensors on an accelerator."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident_bytes()
 
 
 def clock(function, *, device: str, repeats: int) -> tuple[float, object]:
@@ -133,18 +129,6 @@ def setup(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
 
 
-def in_new_process(function, *inputs):
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, inputs)
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=512, help="edge of the small image, in pixels")
@@ -158,8 +142,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="networks of a few thousand parameters")
     arguments = parser.parse_args()
 
-    step = in_new_process(measure_denoising_step, arguments)
-    cases = {scale: in_new_process(measure_stage, scale, arguments) for scale in arguments.scales}
+    step = in_fresh_process(measure_denoising_step, arguments)
+    cases = {scale: in_fresh_process(measure_stage, scale, arguments) for scale in arguments.scales}
 
     device = processor() if arguments.device == "cpu" else torch.cuda.get_device_name()
     threads = arguments.threads or torch.get_num_threads()

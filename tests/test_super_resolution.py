@@ -6,7 +6,9 @@ import torch
 from PIL import Image
 
 from uplift_diffusers import AutoencoderLocal, UPLiFTModel, UPLiFTSuperResolutionPipeline
+from uplift_diffusers.images import Picture, resize
 from uplift_diffusers.scale import num_steps_for_scale, scaled_size
+from uplift_diffusers.upscale_stage import decode_strips_to_scale
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +157,48 @@ def test_tiles_do_not_change_the_image(pipe):
     for tile_size in (64, 100, 1000):
         tiled = pipe(image=image, scale=3, generator=seeded(), tile_size=tile_size, output_type="np").images
         np.testing.assert_allclose(tiled, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [2, 2.6, 3])
+def test_strips_put_together_are_the_image_resized_at_once(pipe, scale):
+    space, size, num_steps = pipe.latent_space, (165, 302), num_steps_for_scale(scale)
+    latents = torch.randn(1, 48, 21 * 2**num_steps, 38 * 2**num_steps, generator=seeded())
+    settings = {"space": space, "vae": pipe.vae, "size": size, "num_steps": num_steps, "scale": scale}
+    strips = list(decode_strips_to_scale(latents, **settings, tile_size=64))
+    assert len(strips) == (4 if scale == 2 else 1)
+    made = space.decode(pipe.vae, latents, tile_size=96)[..., : size[0] * 2**num_steps, : size[1] * 2**num_steps]
+    expected = resize(made, scaled_size(size, scale))
+    torch.testing.assert_close(torch.cat(strips, dim=2), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "I;16"])
+@pytest.mark.parametrize("scale", [2, 3])
+def test_an_image_made_of_strips_is_the_array_of_floats_rounded(pipe, mode, scale):
+    image = photograph(200, 300, "L" if mode == "I;16" else mode)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image, dtype=np.uint16) * 257)
+    settings = {"image": image, "scale": scale, "tile_size": 64}
+    actual = pipe(**settings, generator=seeded()).images[0]
+    floats = pipe(**settings, generator=seeded(), output_type="pt").images[0]
+    expected = Picture(floats[:3], floats[3:] if len(floats) == 4 else None, mode).to_pil()
+    assert actual.mode == mode
+    assert np.array_equal(np.asarray(actual), np.asarray(expected))
+
+
+def test_a_large_image_is_never_there_as_floats(pipe):
+    sizes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.is_floating_point() and result.shape[-3:-2] == (3,):
+                sizes.append(result.shape[-2] * result.shape[-1])
+            return result
+
+    with Watch():
+        large = pipe(image=photograph(300, 300), scale=4, tile_size=64).images[0]
+    assert large.size == (1200, 1200)
+    assert max(sizes) <= 96 * 1216  # a strip of padded tiles, wider than the image itself
 
 
 def test_large_images_are_enlarged_in_tiles_of_themselves(pipe):

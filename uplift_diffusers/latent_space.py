@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, AutoModel, ModelMixin
 
 from uplift_diffusers.models.autoencoder import AutoencoderLocal
-from uplift_diffusers.tiling import decode_tiled, encode_tiled
+from uplift_diffusers.tiling import decode_strips, decode_tiled, encode_tiled
 
 Autoencoder = AutoencoderKL | AutoencoderTiny | AutoencoderDC | AutoencoderLocal
 
@@ -130,7 +130,25 @@ class LatentSpace:
             return vae.decode(latents).sample
 
         sample = self._run_finite(vae, decode, self.native(vae, raw_latents))
-        return (sample.float() / 2 + 0.5).clamp(0, 1)
+        return (sample.float() / 2).add_(0.5).clamp_(0, 1)
+
+    def decode_strips(
+        self, vae: Autoencoder, raw_latents: torch.Tensor, *, tile_size: int | None = None
+    ) -> Iterator[torch.Tensor]:
+        """
+        The rows of what `decode` gives, from top to bottom.
+
+        Args, Raises: see `decode`.
+        Returns:
+            An iterator over (B, 3, rows, W). Where `tile_size` tells and the VAE is an AutoencoderLocal, a strip of
+            at most `tile_size` rows is decoded at a time; else there is one, the whole picture. So it is in float16,
+            where an overflow anywhere concerns all of it.
+        """
+        if tile_size is None or not isinstance(vae, AutoencoderLocal) or vae.dtype == torch.float16:
+            yield self.decode(vae, raw_latents, tile_size=tile_size)
+            return
+        for strip in decode_strips(vae, raw_latents.to(vae.dtype), tile_size=tile_size):
+            yield _check_finite(strip).float().div_(2).add_(0.5).clamp_(0, 1)
 
     def _run_finite(
         self, vae: Autoencoder, function: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor
@@ -139,7 +157,7 @@ class LatentSpace:
         overflows = self.name == "sdxl-vae" and getattr(vae.config, "force_upcast", False)
         if not (vae.dtype == torch.float16 and overflows):
             output = function(sample.to(vae.dtype))
-            if torch.isfinite(output).all():
+            if _is_finite(output):
                 return output
             if vae.dtype == torch.float16:
                 warnings.warn(
@@ -150,12 +168,7 @@ class LatentSpace:
         if vae.dtype == torch.float16:
             with _in_float32(vae):
                 output = function(sample.float())
-        if not torch.isfinite(output).all():
-            raise ValueError(
-                f"`vae` must give finite values, got NaN or infinity in {output.dtype}. "
-                "Its weights or what it was given are broken."
-            )
-        return output
+        return _check_finite(output)
 
     def check_latents(self, latents: torch.Tensor) -> None:
         """Raise ValueError unless `latents` are finite and (B, channels, h, w)."""
@@ -199,6 +212,21 @@ KNOWN_SPACES = {
 """Latent spaces told by channels, spatial factor, scale and shift; sd15-vae is also Stable Diffusion 1.x and 2.x."""
 
 
+def _is_finite(output: torch.Tensor) -> bool:
+    # Not by torch.isfinite, which makes tensors of the size of a picture on the way.
+    return all(extreme.isfinite().item() for extreme in output.aminmax())
+
+
+def _check_finite(output: torch.Tensor) -> torch.Tensor:
+    """`output`. Raises ValueError if it is not finite."""
+    if not _is_finite(output):
+        raise ValueError(
+            f"`vae` must give finite values, got NaN or infinity in {output.dtype}. "
+            "Its weights or what it was given are broken."
+        )
+    return output
+
+
 @contextmanager
 def _in_float32(vae: Autoencoder) -> Iterator[None]:
     """Hold the float16 tensors of `vae` in float32 for the while; the way there and back is exact."""
@@ -217,12 +245,13 @@ def _in_float32(vae: Autoencoder) -> Iterator[None]:
             tensor.data = tensor.data.half()
 
 
-def load_vae(path: str | os.PathLike) -> Autoencoder:
+def load_vae(path: str | os.PathLike, *, dtype: torch.dtype = torch.float32) -> Autoencoder:
     """
     Load a VAE of any class that `LatentSpace` knows, from a local folder or the hub.
 
     Args:
         path: a VAE, or a diffusers pipeline, whose folder `vae` is then loaded.
+        dtype: of the weights.
     Raises:
         OSError: there is neither.
     """
@@ -231,7 +260,7 @@ def load_vae(path: str | os.PathLike) -> Autoencoder:
     except OSError:
         config, subfolder = AutoencoderLocal.load_config(path, subfolder="vae"), "vae"
     kind = AutoencoderLocal if config.get("_class_name") == AutoencoderLocal.__name__ else AutoModel
-    return kind.from_pretrained(path, subfolder=subfolder)
+    return kind.from_pretrained(path, subfolder=subfolder, dtype=dtype)
 
 
 def _spatial_factor(vae: Autoencoder) -> int:

@@ -149,13 +149,17 @@ def decode_strips(vae: AutoencoderLocal, raw_latents: torch.Tensor, *, tile_size
 
 def _decode_strips(vae: AutoencoderLocal, raw_latents: torch.Tensor, edge: int) -> Iterator[torch.Tensor]:
     whole = Window.whole(tuple(raw_latents.shape[2:]))
+    batch, factor = raw_latents.shape[0], vae.spatial_factor
     for row in _tiles(whole.shape, edge):
-        tiles = []
+        rows = Window(row[0].rows, whole.columns)
+        height, width = rows.finer(factor).shape
+        strip = raw_latents.new_empty(batch, 3, height, width)
         for tile in row:
             seen = tile.grow(vae.decoder_reach)
             with torch.no_grad():  # not around the yield, where it would reach into the caller
-                tiles.append(vae.decode(whole.crop(raw_latents, seen), margins=seen.margins(tile)).sample)
-        yield torch.cat(tiles, dim=3)
+                sample = vae.decode(whole.crop(raw_latents, seen), margins=seen.margins(tile)).sample
+                rows.finer(factor).crop(strip, tile.finer(factor)).copy_(sample)
+        yield strip
 
 
 def _tiles(size: tuple[int, int], edge: int) -> list[list[Window]]:

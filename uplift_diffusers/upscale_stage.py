@@ -166,7 +166,7 @@ def decode_strips_to_scale(
     """
     tile_size = resolve_tile_size(tile_size, size)
     # A decoder is lighter than an upsampler, and larger tiles have less halo.
-    decoder_tile_size = None if tile_size is None else 2 * tile_size
+    decoder_tile_size = None if tile_size is None else 3 * tile_size // 2
     made, wanted = scaled_size(size, 2**num_steps), scaled_size(size, scale)
     strips = _crop_strips(space.decode_strips(vae, raw_latents, tile_size=decoder_tile_size), made)
     if made == wanted:

@@ -1,0 +1,125 @@
+"""What the benchmarks measure with: interleaved clocks, memory of a fresh process, the machine's own rate."""
+
+import importlib.metadata
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+MATMUL_EDGE = 2048
+
+
+def interleave(
+    functions: dict[str, Callable[[], object]], *, rounds: int, max_seconds: float, device: str
+) -> dict[str, list[float]]:
+    """
+    Seconds of every function in every round, the functions taking turns, so that what else the machine does hits all.
+
+    Args:
+        rounds: how many there are at most; there are at least two.
+        max_seconds: no other round is begun after it.
+    """
+    seconds = {name: [] for name in functions}
+    begin = time.perf_counter()
+    for index in range(rounds):
+        if index >= 2 and time.perf_counter() - begin > max_seconds:
+            break
+        for name, function in functions.items():
+            _wait_for(device)
+            start = time.perf_counter()
+            function()
+            _wait_for(device)
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def make_matmul(*, device: str, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    """A product of two square matrices of `MATMUL_EDGE`, `2 * MATMUL_EDGE**3` FLOP: what the machine can do."""
+    left, right = (torch.randn(MATMUL_EDGE, MATMUL_EDGE, device=device, dtype=dtype) for _ in range(2))
+    return lambda: left @ right
+
+
+def count_flop(function: Callable[[], object]) -> int:
+    """FLOP of the convolutions and products that `function` really computes."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def peak_of_call(function: Callable[[], object], *, device: str) -> int:
+    """
+    Bytes that `function` takes at its worst beyond what was held before it, its result included.
+
+    Call it in a fresh process, see [`in_fresh_process`]: memory that was freed before would be used again unseen.
+    """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    reset = Path("/proc/self/clear_refs")
+    if reset.is_file():
+        reset.write_text("5")  # forget the peak of loading
+    before = psutil.Process().memory_info().rss
+    function()
+    return peak_resident_bytes() - before
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has held."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage on Linux counts what the process held before it became this program
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def in_fresh_process(function: Callable, *inputs):
+    """`function(*inputs)`, called in a new Python process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, inputs)
+
+
+def fit_exponent(pixels: list[int], seconds: list[float]) -> float:
+    """e of seconds ~ pixels**e, by least squares of the logarithms."""
+    logs = torch.tensor([pixels, seconds], dtype=torch.float64).log()
+    x, y = logs - logs.mean(dim=1, keepdim=True)
+    return (x @ y / (x @ x)).item()
+
+
+def environment(device: str) -> dict[str, str | int]:
+    """What the figures depend on."""
+    versions = {name: importlib.metadata.version(name) for name in ("uplift-diffusers", "torch", "diffusers")}
+    return {
+        **versions,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def _wait_for(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

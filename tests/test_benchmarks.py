@@ -1,0 +1,124 @@
+"""The networks that the benchmarks compare, and the benchmarks themselves at a small size."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from benchmarks import inference, vae_tiling
+from benchmarks.measure import fit_exponent, interleave
+from benchmarks.reference import OFFSETS, PlainUPLiFT
+from tests.components import make_local_vae, make_vae, seeded, smooth_images
+from tests.reference_weights import REFERENCE, reference_state_dict
+from uplift_diffusers import UPLiFTModel
+from uplift_diffusers.functional import neighborhood_offsets
+from uplift_diffusers.models.conversion import convert_state_dict
+
+SMALL = {"encoder_channels": (6, 10, 20), "channels": 20, "refiner_blocks": 3}
+
+
+@pytest.fixture
+def small_models():
+    torch.manual_seed(0)
+    plain = PlainUPLiFT(**SMALL).eval()
+    model = UPLiFTModel(
+        encoder_block_out_channels=SMALL["encoder_channels"],
+        decoder_channels=SMALL["channels"],
+        refiner_channels=SMALL["channels"],
+        refiner_layers=SMALL["refiner_blocks"],
+    ).eval()
+    model.load_state_dict(convert_state_dict(plain.state_dict()))
+    return plain, model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["sd15.square1", "sd15.wide2"])
+def test_the_plain_network_is_the_reference(case):
+    """Full size, with the reference's own outputs."""
+    golden = load_file(REFERENCE / "golden.safetensors")
+    plain = PlainUPLiFT().eval()
+    plain.load_state_dict(reference_state_dict("sd15"))
+    num_steps = json.loads((REFERENCE / "golden.json").read_text())[case]["iterations"]
+    steps = plain(golden[f"{case}.latent"], image=golden[f"{case}.image"], num_steps=num_steps, generator=seeded(1234))
+    for step, actual in enumerate(steps):
+        torch.testing.assert_close(actual, golden[f"{case}.step{step}"], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_steps", [1, 2, 4])
+def test_the_model_computes_what_the_plain_network_computes(small_models, num_steps):
+    plain, model = small_models
+    latents, image = torch.randn(2, 4, 3, 5, generator=seeded()), torch.rand(2, 3, 24, 40, generator=seeded())
+    inputs = {"image": image, "num_steps": num_steps}
+    expected = plain(latents, **inputs, generator=seeded(1))
+    actual = model(latents, **inputs, generator=seeded(1), return_steps=True).steps
+    assert len(actual) == len(expected) == num_steps
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_offsets_are_those_of_the_attender():
+    assert tuple(OFFSETS) == neighborhood_offsets(17)
+
+
+def test_the_inference_benchmark_measures_every_method(tmp_path, capsys):
+    methods = ["plain", "uplift", "tiled", "uplift_bf16"]
+    inference.main(
+        [
+            *("--tiny", "--repeats", "2", "--output_dir", str(tmp_path), "--methods", *methods),
+            *("--cases", "16x2", "16x4", "32x4", "--no_memory"),
+        ]
+    )
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert capsys.readouterr().out.strip() == (tmp_path / "report.md").read_text().strip()
+    assert (tmp_path / "time.png").read_bytes().startswith(b"\x89PNG")
+    assert set(results["exponents"]) == set(methods)  # two sizes at 4x
+    small, _, large = results["cases"]
+    assert (small["edge"], small["num_steps"], large["edge"], large["num_steps"]) == (16, 1, 32, 2)
+    for case in results["cases"]:
+        assert list(case["methods"]) == methods
+        measured = case["methods"]
+        assert all(len(method["seconds"]) == 2 for method in measured.values())
+        assert measured["plain"]["difference"] == 0
+        assert 0 < measured["uplift"]["difference"] < 1e-4
+        assert measured["tiled"]["difference"] < 1e-4 < measured["uplift_bf16"]["difference"] < 0.2
+        # Encoder layers are left out where they are not sampled, and tiles compute their surroundings again.
+        assert measured["uplift"]["flop"] < measured["plain"]["flop"]
+    assert large["methods"]["tiled"]["flop"] > large["methods"]["uplift"]["flop"]
+
+
+def test_the_peak_of_a_call_is_measured_in_its_own_process():
+    options = inference.parse_arguments(["--tiny"])
+    small, large = (
+        inference.in_fresh_process(inference.measure_peak, "plain", inference.Case.parse(text), options)
+        for text in ("16x2", "512x2")
+    )
+    assert large > 4 * 28 * 512**2 * 2  # the encoder's last maps alone
+    assert large > 3 * small > 0
+
+
+def test_functions_take_turns():
+    calls = []
+    functions = {name: lambda name=name: calls.append(name) for name in "abc"}
+    seconds = interleave(functions, rounds=5, max_seconds=100, device="cpu")
+    assert calls == list("abc") * 5
+    assert [len(values) for values in seconds.values()] == [5, 5, 5]
+    assert len(interleave(functions, rounds=5, max_seconds=0, device="cpu")["a"]) == 2
+
+
+def test_the_exponent_of_a_power_law_is_found():
+    assert fit_exponent([10, 100, 1000], [3 * pixels**1.2 for pixels in (10, 100, 1000)]) == pytest.approx(1.2)
+
+
+def test_a_local_autoencoder_has_no_seam_and_another_one_does(tmp_path, capsys):
+    photo = tmp_path / "photo.png"
+    Image.fromarray((smooth_images(1, 120, 136)[0].permute(1, 2, 0).numpy() * 255).astype("uint8")).save(photo)
+    levels = {}
+    for name, vae in (("local", make_local_vae()), ("kl", make_vae())):
+        vae.save_pretrained(tmp_path / name)
+        vae_tiling.main([str(photo), "--vae", str(tmp_path / name), "--tile_size", "64"])
+        levels[name] = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
+    assert float(levels["local"]["largest"]) < 0.01
+    assert float(levels["kl"]["largest"]) > float(levels["kl"]["worst column"]) > float(levels["kl"]["mean"]) > 0.01
