@@ -10,10 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+Result = TypeVar("Result")
 
 MATMUL_EDGE = 2048
 
@@ -25,7 +28,7 @@ def interleave(
     Seconds of every function in every round, the functions taking turns, so that what else the machine does hits all.
 
     Args:
-        rounds: how many there are at most; there are at least two.
+        rounds: how many there are at most; the first two are always made.
         max_seconds: no other round is begun after it.
     """
     seconds = {name: [] for name in functions}
@@ -48,11 +51,11 @@ def make_matmul(*, device: str, dtype: torch.dtype) -> Callable[[], torch.Tensor
     return lambda: left @ right
 
 
-def count_flop(function: Callable[[], object]) -> int:
-    """FLOP of the convolutions and products that `function` really computes."""
+def count_flop(function: Callable[[], Result]) -> tuple[Result, int]:
+    """The result of `function`, and the FLOP of the convolutions and products that it really computes."""
     with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
+        result = function()
+    return result, counter.get_total_flops()
 
 
 def peak_of_call(function: Callable[[], object], *, device: str) -> int:

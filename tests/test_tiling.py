@@ -132,6 +132,22 @@ def test_tiled_output_equals_untiled_for_the_published_architecture():
     assert tiling_difference(model, (2, 8), num_steps=1, tile=4) <= TOLERANCE
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_the_encoder_gives_the_same_in_bands(monkeypatch, family, num_steps):
+    model = make_model(**FAMILIES[family]).double()
+    latents, image = make_inputs(model, (11, 5))
+    outputs, calls, counts = [], [], []
+    model.encoder.blocks[-1].register_forward_hook(lambda *_: calls.append(1))
+    for band in (2**16, 20):
+        monkeypatch.setattr("uplift_diffusers.models.uplift.ENCODER_BAND", band)
+        outputs.append(model(latents, image=image, num_steps=num_steps, generator=seeds(0)[0]).sample)
+        counts.append(len(calls))
+    assert counts[1] > 2 * counts[0]
+    assert relative_difference(outputs[1], outputs[0]) <= EXACT
+
+
 def test_a_tile_size_between_latents_is_rounded_down_to_whole_ones():
     model = make_model(noise_channels=0)
     latents, image = make_inputs(model, (6, 6))

@@ -21,7 +21,7 @@ from uplift_diffusers.functional import (
     neighborhood_offsets,
     resample_nearest,
 )
-from uplift_diffusers.models.blocks import NORMS, ConvGroup, add_shared_channels
+from uplift_diffusers.models.blocks import NORMS, ConvGroup, add_shared_channels, run_trimmed
 from uplift_diffusers.models.conversion import (
     VARIANTS,
     check_state_dict,
@@ -31,7 +31,7 @@ from uplift_diffusers.models.conversion import (
 )
 from uplift_diffusers.models.hub import CheckpointSource
 from uplift_diffusers.models.image_residual import ImageResidual
-from uplift_diffusers.models.window import NO_MARGINS, Margins, Window, trim
+from uplift_diffusers.models.window import NO_MARGINS, Margins, Span, Window, trim
 
 Generator = torch.Generator | list[torch.Generator] | None
 
@@ -111,6 +111,10 @@ class Guides(NamedTuple):
         return cells.finer(level).crop(features, window)
 
 
+ENCODER_BAND = 2**16
+"""Patches that the encoder works on at a time where no gradient is asked for: its maps are the largest there are."""
+
+
 class UPLiFTEncoder(nn.Module):
     """Image -> the last two guide maps, at the image's resolution divided by `patch_size`."""
 
@@ -139,9 +143,32 @@ class UPLiFTEncoder(nn.Module):
     def forward(self, image: torch.Tensor, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, 3, H, W) -> the map before the last and the last one, every `stride`-th position of each."""
         hidden = self.unshuffle(image).contiguous(memory_format=torch.channels_last)
+        height, width = hidden.shape[2:]
+        bands = 1 if self.training or torch.is_grad_enabled() else -(-height * width // ENCODER_BAND)
+        if bands > 1:
+            return self._encode_bands(hidden, stride, -(-height // (bands * stride)) * stride)
         for block in self.blocks[:-1]:
             hidden = block(hidden)
         return hidden[..., ::stride, ::stride], self.blocks[-1](hidden, stride)
+
+    def _encode_bands(self, hidden: torch.Tensor, stride: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, `rows` rows of patches at a time, a multiple of `stride`, exact by a halo as in `tiling`."""
+        whole = Window.whole(tuple(hidden.shape[2:]))
+        layers = [layer for block in self.blocks[:-1] for layer in block.layers]
+        # Halos are multiples of the stride too, so that the same positions are sampled.
+        last_halo = -(-self.blocks[-1].reach // stride) * stride
+        halo = last_halo + -(-(self.reach - self.blocks[-1].reach) // stride) * stride
+        maps = []
+        for start in range(0, whole.rows.size, rows):
+            band = Window(Span(start, min(start + rows, whole.rows.size), whole.rows.size), whole.columns)
+            outer, inner = (Window(band.rows.grow(reach), band.columns) for reach in (halo, last_halo))
+            seen = run_trimmed(layers, whole.crop(hidden, outer), outer.margins(inner))
+            before_last = inner.crop(seen, band)[..., ::stride, ::stride]
+            top = (band.rows.start - inner.rows.start) // stride
+            last = self.blocks[-1](seen, stride)[:, :, top : top + before_last.shape[2]]
+            maps.append((before_last.contiguous(memory_format=torch.channels_last), last))
+        before_last, last = zip(*maps, strict=True)
+        return torch.cat(before_last, dim=2), torch.cat(last, dim=2)
 
 
 class UPLiFTDecoder(nn.Module):
