@@ -74,6 +74,8 @@ def running_demo(folder: Path, *arguments: str, **environment: str) -> Iterator[
             env=variables,
             stdout=output,
             stderr=subprocess.STDOUT,
+            # pytest may have been started with SIGINT ignored, as shells do it for what runs in the background.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
     demo = Demo(process, f"http://127.0.0.1:{port}", folder, log)
     try:
