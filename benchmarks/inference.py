@@ -3,7 +3,7 @@ Time, FLOP and memory of the upsampler, beside the same network in plain PyTorch
 
     python -m benchmarks.inference --output_dir runs/inference          # 53.5 M parameters, up to 512 -> 2048
     python -m benchmarks.inference --cases 128x2 128x4 --repeats 15     # the small sizes alone
-    python -m benchmarks.inference --cases 1024x4 2048x4 --methods tiled --repeats 2
+    python -m benchmarks.inference --count_memory --cases 512x4 1024x4 2048x4 --methods uplift tiled
     python -m benchmarks.inference --tiny                               # the same command in seconds, to try it
 
 A case EDGExSCALE is an image of EDGE x EDGE pixels whose latents, an eighth of that, are upsampled SCALE times. The
@@ -11,7 +11,10 @@ methods are `plain`, the baseline; `uplift`, the model as it is called without m
 `compiled`, by `torch.compile`; and `plain_bf16` and `uplift_bf16`, in bfloat16. They run in one process, in turns,
 with a matrix product of the machine's best between them; peaks are taken in a fresh process for each.
 
-Writes results.json, report.md and time.png, and prints the report. The weights are random, from a seed.
+Writes results.json, report.md and time.png, and prints the report. The weights are random, from a seed. With
+--count_memory nothing is computed: the tensors alive at the peak, beside weights and inputs, are counted while the
+methods run on tensors without data, so that any size can be asked for. What a convolution takes as workspace comes on
+top.
 """
 
 import argparse
@@ -22,9 +25,11 @@ from pathlib import Path
 
 import diffusers
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.measure import (
     MATMUL_EDGE,
+    LiveMemory,
     count_flop,
     environment,
     fit_exponent,
@@ -103,7 +108,9 @@ def make_run(method: str, case: Case, options: argparse.Namespace):
     if not method.startswith("plain"):
         network = _as_uplift(network)
     dtype = torch.bfloat16 if method.endswith("bf16") else torch.float32
-    network.to(options.device, dtype)
+    # Not by Module.to, which cannot convert tensors without data, see count_peak.
+    weights = {name: tensor.to(options.device, dtype) for name, tensor in network.state_dict().items()}
+    network.load_state_dict(weights, assign=True)
     inputs["image"] = inputs["image"].to(options.device, dtype)
     raw_latents = raw_latents.to(options.device, dtype)
     if method == "compiled":
@@ -172,6 +179,15 @@ def measure_peak(method: str, case: Case, options: argparse.Namespace) -> int:
     diffusers.utils.logging.set_verbosity_error()
     set_threads(options)
     return peak_of_call(make_run(method, case, options), device=options.device)
+
+
+def count_peak(method: str, case: Case, options: argparse.Namespace) -> int:
+    """Bytes of tensors that the method makes, at its worst."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        run = make_run(method, case, options)
+        with LiveMemory() as memory:
+            run()
+    return memory.peak
 
 
 def _dtype_of(method: str) -> torch.dtype:
@@ -251,6 +267,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tile_size", type=int, help="in pixels (default: 256)")
     parser.add_argument("--threads", type=int, default=0, help="of PyTorch; 0 leaves it alone")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--count_memory", action="store_true", help="print peaks of memory and compute nothing")
     parser.add_argument("--no_memory", action="store_true", help="leave the peaks out, which take a process each")
     parser.add_argument("--tiny", action="store_true", help="a network of a few thousand parameters, small images")
     options = parser.parse_args(arguments)
@@ -265,6 +282,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     diffusers.utils.logging.set_verbosity_error()
+    if options.count_memory:
+        for case in options.cases:
+            for method in options.methods:
+                peak = count_peak(method, case, options)
+                print(f"{case.edge} -> {case.output_edge} {method}: {peak / 1e6:.0f} MB", flush=True)
+        return
     set_threads(options)
     results = {}
     for case in options.cases:

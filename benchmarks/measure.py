@@ -8,13 +8,17 @@ import resource
 import statistics
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import psutil
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 Result = TypeVar("Result")
 
@@ -75,6 +79,31 @@ def peak_of_call(function: Callable[[], object], *, device: str) -> int:
     before = psutil.Process().memory_info().rss
     function()
     return peak_resident_bytes() - before
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of all tensors that live within it, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._count, output)
+        return output
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage not in self.known:
+            size = self.known[storage] = storage.nbytes()
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, size)
+
+    def _forget(self, size: int) -> None:
+        self.live -= size
 
 
 def peak_resident_bytes() -> int:

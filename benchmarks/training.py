@@ -18,7 +18,6 @@ process each, and gives its resident memory beside the count, to check the one w
 
 import argparse
 import tempfile
-import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -27,11 +26,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
-from torch.utils.weak import WeakIdKeyDictionary
 
-from benchmarks.measure import environment, in_fresh_process, interleave, median, peak_resident_bytes
+from benchmarks.measure import LiveMemory, environment, in_fresh_process, interleave, median, peak_resident_bytes
 from benchmarks.reference import PlainUPLiFT
 from uplift_diffusers import LatentSpace, UPLiFTModel
 from uplift_diffusers.data.latent_cache import LatentCache
@@ -157,31 +153,6 @@ def report_speed(arguments: argparse.Namespace) -> None:
     print("| step | images/s | times plain | loss of the first step |\n| --- | --- | --- | --- |")
     for name, rate in rates.items():
         print(f"| {name} | {rate:.4g} | {rate / rates['plain']:.2f} | {losses[name]:.6g} |")
-
-
-class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of all tensors that live within it, and their peak."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self.known = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, self._count, output)
-        return output
-
-    def _count(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage not in self.known:
-            size = self.known[storage] = storage.nbytes()
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._forget, size)
-
-    def _forget(self, size: int) -> None:
-        self.live -= size
 
 
 def count_memory(resolution: int, *, tiny: bool, checkpointing: bool, bf16: bool, measured: bool) -> dict[str, float]:

@@ -99,6 +99,20 @@ def test_the_peak_of_a_call_is_measured_in_its_own_process():
     assert large > 3 * small > 0
 
 
+def test_peaks_are_counted_without_computing(capsys):
+    inference.main(
+        [
+            *("--tiny", "--count_memory", "--cases", "256x4", "1024x4", "--tile_size", "64"),
+            *("--methods", "plain", "uplift", "plain_bf16"),
+        ]
+    )
+    megabytes = [int(line.split()[-2]) for line in capsys.readouterr().out.splitlines()]
+    plain, uplift, half, huge_plain, *_ = megabytes
+    assert plain > uplift
+    assert half == pytest.approx(plain / 2, rel=0.1)
+    assert huge_plain == pytest.approx(4**2 * plain, rel=0.02)
+
+
 def test_functions_take_turns():
     calls = []
     functions = {name: lambda name=name: calls.append(name) for name in "abc"}
