@@ -19,6 +19,7 @@ top.
 
 import argparse
 import json
+import statistics
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,6 @@ from benchmarks.measure import (
     in_fresh_process,
     interleave,
     make_matmul,
-    median,
     peak_of_call,
 )
 from benchmarks.reference import PlainUPLiFT
@@ -91,12 +91,12 @@ class Measurement:
     median_s: float = field(init=False)
 
     def __post_init__(self):
-        self.median_s = median(self.seconds)
+        self.median_s = statistics.median(self.seconds)
 
     @property
     def share(self) -> float:
         """Of the rate of the matrix product."""
-        return self.flop / self.median_s / (2 * MATMUL_EDGE**3 / median(self.matmul_seconds))
+        return self.flop / self.median_s / (2 * MATMUL_EDGE**3 / statistics.median(self.matmul_seconds))
 
 
 def make_run(method: str, case: Case, options: argparse.Namespace):

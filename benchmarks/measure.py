@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import platform
 import resource
-import statistics
 import sys
 import time
 import weakref
@@ -19,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
+
+from uplift_diffusers.hardware import device_name
 
 Result = TypeVar("Result")
 
@@ -135,21 +136,10 @@ def environment(device: str) -> dict[str, str | int]:
     return {
         **versions,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "device": device_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def median(values: list[float]) -> float:
-    return statistics.median(values)
 
 
 def _wait_for(device: str) -> None:

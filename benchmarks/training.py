@@ -17,6 +17,7 @@ process each, and gives its resident memory beside the count, to check the one w
 """
 
 import argparse
+import statistics
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.measure import LiveMemory, environment, in_fresh_process, interleave, median, peak_resident_bytes
+from benchmarks.measure import LiveMemory, environment, in_fresh_process, interleave, peak_resident_bytes
 from benchmarks.reference import PlainUPLiFT
 from uplift_diffusers import LatentSpace, UPLiFTModel
 from uplift_diffusers.data.latent_cache import LatentCache
@@ -145,7 +146,7 @@ def report_speed(arguments: argparse.Namespace) -> None:
         seconds = interleave(
             steps, rounds=arguments.rounds, max_seconds=arguments.max_seconds, device=arguments.device
         )
-    rates = {name: arguments.train_batch_size / median(values) for name, values in seconds.items()}
+    rates = {name: arguments.train_batch_size / statistics.median(values) for name, values in seconds.items()}
     print(
         f"Crops of {arguments.resolution} px, {arguments.train_batch_size} a step, depths {DEPTHS}, float32, "
         f"median of {len(seconds['plain'])} steps in turns.\n"

@@ -26,8 +26,9 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from benchmarks.measure import in_fresh_process, peak_resident_bytes, processor
+from benchmarks.measure import in_fresh_process, peak_resident_bytes
 from uplift_diffusers import LatentSpace, UPLiFTModel, __version__
+from uplift_diffusers.hardware import device_name
 from uplift_diffusers.scale import num_steps_for_scale
 from uplift_diffusers.upscale_stage import decode_to_scale, upscale_raw_latents
 
@@ -145,7 +146,7 @@ def main() -> None:
     step = in_fresh_process(measure_denoising_step, arguments)
     cases = {scale: in_fresh_process(measure_stage, scale, arguments) for scale in arguments.scales}
 
-    device = processor() if arguments.device == "cpu" else torch.cuda.get_device_name()
+    device = device_name(arguments.device)
     threads = arguments.threads or torch.get_num_threads()
     million = next(iter(cases.values()))["parameters"] / 1e6
     print(

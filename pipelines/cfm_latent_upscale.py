@@ -177,8 +177,6 @@ class CFMLatentUpscalePipeline(DiffusionPipeline):
         if latents is None:
             size = tuple(image.shape[2:])
         else:
-            if not isinstance(latents, torch.Tensor):
-                raise TypeError(f"`latents` must be a tensor, got {type(latents).__name__}.")
             space.check_latents(latents)
             size = tuple(length * space.spatial_factor for length in latents.shape[2:])
         check_generator(generator, len(latents if image is None else image))

@@ -152,8 +152,6 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
         if latents is None and guide is None:
             raise ValueError("Either `latents` or `image` must be given, got neither.")
         if latents is not None:
-            if not isinstance(latents, torch.Tensor):
-                raise TypeError(f"`latents` must be a tensor, got {type(latents).__name__}.")
             space.check_latents(latents)
         if guide is not None:
             size = tuple(guide.shape[2:])

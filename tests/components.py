@@ -66,6 +66,23 @@ def smooth_images(count: int, height: int, width: int, seed: int = 5) -> torch.T
     return torch.nn.functional.interpolate(noise, size=(height, width), mode="bicubic").clamp(0, 1)
 
 
+def random_latents(pipe, count: int = 1, height: int = 4, width: int = 6, seed: int = 11) -> torch.Tensor:
+    """(count, channels, height, width) for the VAE of `pipe`."""
+    return torch.randn(count, pipe.latent_space.channels, height, width, generator=seeded(seed))
+
+
+def count_calls(module: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """The inputs that `module` is called with from now on, until the test ends."""
+    seen, forward = [], module.forward
+
+    def counted(*args, **kwargs):
+        seen.append(args)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(module, "forward", counted)
+    return seen
+
+
 def make_vae(scaling_factor: float = 0.18215, latent_channels: int = 4, **config) -> AutoencoderKL:
     """An AutoencoderKL of Stable Diffusion's latent shape: 4 channels, spatial factor 8."""
     torch.manual_seed(1)
@@ -122,6 +139,14 @@ def make_local_vae() -> AutoencoderLocal:
     blocks = smooth_images(16, 64, 64) * 2 - 1
     vae.fit_linear_code(blocks.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(0, 2))
     return vae.eval()
+
+
+VAES = {
+    "AutoencoderKL": make_vae,
+    "AutoencoderTiny": make_tiny_vae,
+    "AutoencoderDC": make_dc_vae,
+    "AutoencoderLocal": make_local_vae,
+}
 
 
 def make_upsampler(latent_space: str = "sd15-vae", latent_channels: int = 4, spatial_factor: int = 8) -> UPLiFTModel:

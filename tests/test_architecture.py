@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = [
     {"_version", "registration", "processes"},
-    {"functional", "scale", "images", "image_files"},
+    {"functional", "scale", "images", "image_files", "hardware"},
     {"models"},
     {"tiling"},
     {"latent_space"},

@@ -9,16 +9,9 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
 
 from tests import components
-from tests.components import seeded, smooth_images, state_of
+from tests.components import VAES, count_calls, random_latents, seeded, smooth_images, state_of
 from uplift_diffusers import CFMLatentUpscalePipeline, LatentSpace
 from uplift_diffusers.flow_matching import euler_scheduler
-
-VAES = {
-    "AutoencoderKL": components.make_vae,
-    "AutoencoderTiny": components.make_tiny_vae,
-    "AutoencoderDC": components.make_dc_vae,
-    "AutoencoderLocal": components.make_local_vae,
-}
 
 
 def make_pipeline(vae=None):
@@ -38,28 +31,12 @@ def any_pipe(request):
     return make_pipeline(VAES[request.param]())
 
 
-def random_latents(pipe, count=1, height=4, width=6, seed=11):
-    return torch.randn(count, pipe.latent_space.channels, height, width, generator=seeded(seed))
-
-
 def call(pipe, output_type="pt", seed=0, **arguments):
     if "latents" not in arguments and "image" not in arguments:
         arguments["image"] = smooth_images(1, 16, 24)
     arguments.setdefault("generator", seeded(seed))
     arguments.setdefault("num_inference_steps", 2)
     return pipe(output_type=output_type, **arguments).images
-
-
-def count_calls(module, monkeypatch):
-    """The inputs that `module` is called with from now on, until the test ends."""
-    seen, forward = [], module.forward
-
-    def counted(*args, **kwargs):
-        seen.append(args)
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(module, "forward", counted)
-    return seen
 
 
 def encode(vae, image):

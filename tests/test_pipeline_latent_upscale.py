@@ -7,16 +7,9 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from tests import components
-from tests.components import seeded, smooth_images, state_of
+from tests.components import VAES, count_calls, random_latents, seeded, smooth_images, state_of
 from uplift_diffusers import LatentSpace, UPLiFTLatentUpscalePipeline, UPLiFTTextToImagePipeline
 from uplift_diffusers.functional import match_channel_statistics
-
-VAES = {
-    "AutoencoderKL": components.make_vae,
-    "AutoencoderTiny": components.make_tiny_vae,
-    "AutoencoderDC": components.make_dc_vae,
-    "AutoencoderLocal": components.make_local_vae,
-}
 
 
 def make_pipeline(vae=None):
@@ -36,27 +29,11 @@ def any_pipe(request):
     return make_pipeline(VAES[request.param]())
 
 
-def random_latents(pipe, count=1, height=4, width=6, seed=11):
-    return torch.randn(count, pipe.latent_space.channels, height, width, generator=seeded(seed))
-
-
 def call(pipe, output_type="pt", seed=0, **arguments):
     if "latents" not in arguments and "image" not in arguments:
         arguments["latents"] = random_latents(pipe)
     arguments.setdefault("generator", seeded(seed))
     return pipe(output_type=output_type, **arguments).images
-
-
-def count_calls(module, monkeypatch):
-    """The inputs that `module` is called with from now on, until the test ends."""
-    seen, forward = [], module.forward
-
-    def counted(*args, **kwargs):
-        seen.append(args)
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(module, "forward", counted)
-    return seen
 
 
 @pytest.mark.parametrize("scale", [1, 1.5, 2, 4])

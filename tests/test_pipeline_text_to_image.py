@@ -16,7 +16,7 @@ from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.image_processor import VaeImageProcessor
 
 from tests import components
-from tests.components import seeded, smooth_images, state_of
+from tests.components import count_calls, seeded, smooth_images, state_of
 from uplift_diffusers import (
     UPLiFTLatentUpscalePipeline,
     UPLiFTModel,
@@ -88,18 +88,6 @@ def any_pipe(request, folder):
 def call(pipe, prompt="a cat", output_type="pt", **arguments):
     arguments = {"num_inference_steps": 4, "generator": seeded(), **arguments}
     return pipe(prompt, output_type=output_type, **arguments).images
-
-
-def count_calls(module, monkeypatch):
-    """The first inputs that `module` is called with from now on, until the test ends."""
-    seen, forward = [], module.forward
-
-    def counted(*args, **kwargs):
-        seen.append(args[0] if args else None)
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(module, "forward", counted)
-    return seen
 
 
 def assert_same(pipe, other):
@@ -239,14 +227,14 @@ def test_an_ip_adapter_is_understood_in_denoising_and_refinement(folder, family,
 def test_refinement_runs_the_last_share_of_the_schedule_at_the_large_size(any_pipe, monkeypatch):
     inputs = count_calls(any_pipe.unet, monkeypatch)
     call(any_pipe, refine_strength=0.5, num_inference_steps=4)
-    assert [tuple(sample.shape[2:]) for sample in inputs] == [(8, 8)] * 4 + [(16, 16)] * 2
+    assert [tuple(sample.shape[2:]) for sample, *_ in inputs] == [(8, 8)] * 4 + [(16, 16)] * 2
 
 
 def test_a_guide_vae_decodes_the_guide_alone(folder, monkeypatch):
     pipe = make_pipeline(folder, guide_vae=components.make_tiny_vae())
     decodes = count_calls(pipe.vae.decoder, monkeypatch)
     image = call(pipe)
-    assert [tuple(latents.shape[2:]) for latents in decodes] == [(16, 16)]
+    assert [tuple(latents.shape[2:]) for latents, *_ in decodes] == [(16, 16)]
     generator = seeded()
     latents = call(StableDiffusionPipeline.from_pipe(pipe), output_type="latent", generator=generator)
     with torch.no_grad():
@@ -391,7 +379,7 @@ def test_a_callback_of_diffusers_acts_in_denoising_and_refinement(pipe, monkeypa
     inputs = count_calls(pipe.unet, monkeypatch)
     cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
     call(pipe, callback_on_step_end=cutoff, refine_strength=0.5)
-    assert [len(sample) for sample in inputs] == [2, 2, 1, 1, 2, 2]  # the second refining step still decides
+    assert [len(sample) for sample, *_ in inputs] == [2, 2, 1, 1, 2, 2]  # the second refining step still decides
 
 
 def test_the_progress_bar_is_that_of_the_pipeline(folder, capsys):

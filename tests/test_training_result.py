@@ -11,6 +11,7 @@ from tests.training_runs import logged, make_config, make_photographs, make_vae
 from uplift_diffusers import LatentSpace, UPLiFTModel
 from uplift_diffusers.data.photographs import Crop, Photographs
 from uplift_diffusers.data.sources import FolderSource
+from uplift_diffusers.hardware import device_name
 from uplift_diffusers.training import cli, launch, publishing
 from uplift_diffusers.training.launch import make_accelerator
 from uplift_diffusers.training.validation import UpsamplerValidation
@@ -77,7 +78,7 @@ def test_the_result_loads_and_its_card_says_how_it_came_about(flags, photographs
     assert "| learning_rate | 0.002 |" in card.text
     assert f"| loss | {logged(tmp_path / 'run')[-1]:.6g} |" in card.text
     assert f"| val_psnr_2x | {logged(tmp_path / 'run', 'val_psnr_2x')[-1]:.6g} |" in card.text
-    assert "1 x CPU" in card.text
+    assert f"1 x {device_name('cpu')}, " in card.text
     assert str(tmp_path) not in card.text
     assert not list((tmp_path / "run").glob(".*"))
 

@@ -150,7 +150,7 @@ def _from_pil(image: Image.Image) -> Picture:
         raise ValueError(
             "`image` must have integer pixels, got PIL mode F, whose range is unknown. Pass an array in [0, 1]."
         )
-    transparent = "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
+    transparent = image.has_transparency_data
     grey = image.mode in ("1", "L", "LA", "La")
     mode = ("LA" if transparent else "L") if grey else ("RGBA" if transparent else "RGB")
     # PIL knows the way from every mode to these; premultiplied alpha has to be taken off first.

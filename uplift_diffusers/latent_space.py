@@ -171,7 +171,9 @@ class LatentSpace:
         return _check_finite(output)
 
     def check_latents(self, latents: torch.Tensor) -> None:
-        """Raise ValueError unless `latents` are finite and (B, channels, h, w)."""
+        """Raise TypeError unless `latents` are a tensor, ValueError unless they are finite and (B, channels, h, w)."""
+        if not isinstance(latents, torch.Tensor):
+            raise TypeError(f"`latents` must be a tensor, got {type(latents).__name__}.")
         if latents.ndim != 4 or latents.shape[1] != self.channels:
             raise ValueError(
                 f"`latents` must be (B, {self.channels}, h, w) for the latent space {self.name!r}, "

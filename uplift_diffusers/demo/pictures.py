@@ -218,10 +218,8 @@ def _open(source: Path, *, scale: float, max_pixels: int) -> OpenedImage:
 def _as_shown(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         image = image.point(lambda value: value / 256).convert("L")
-    transparent = "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
-    return image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)).convert(
-        "RGBA" if transparent else "RGB"
-    )
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    return image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)).convert(mode)
 
 
 def _generator() -> "torch.Generator":

@@ -31,10 +31,10 @@ class AutoencoderTrainingConfig(TrainingConfig):
 
     resolution: int = option(128, "Edge of the training crops in pixels, a multiple of 8.")
     # At 1e-3 this network, which has no norms, diverged at about step 2,150.
-    learning_rate: float = option(4e-4, "Peak learning rate of Adam.")
-    max_train_steps: int = option(5_000, "Optimiser steps.")
-    max_reduction: float = option(2.0, "Half of the random crops come from a picture reduced by up to this factor.")
-    mixed_precision: str = option("bf16", "no, bf16 or fp16 (accelerate's autocast).")
+    learning_rate: float = option(4e-4)
+    max_train_steps: int = option(5_000)
+    max_reduction: float = option(2.0)
+    mixed_precision: str = option("bf16")
     latent_channels: int = option(40, "Channels of the latents.")
     encoder_layers_per_block: tuple[int, ...] = option((2, 3), "Residual blocks of the encoder at 1/4 and at 1/8.")
     decoder_layers_per_block: tuple[int, ...] = option((4, 4), "Residual blocks of the decoder at 1/4 and at 1/8.")
@@ -108,10 +108,13 @@ def _train(arguments: list[str] | None) -> None:
         decoder_layers_per_block=config.decoder_layers_per_block,
         latent_space=config.latent_space,
     )
-    if config.pretrained_model is None:
-        model.fit_linear_code(initial_blocks(photographs))
-    else:
-        load_pretrained(model, config.pretrained_model)
+
+    def start() -> None:
+        if config.pretrained_model is None:
+            model.fit_linear_code(initial_blocks(photographs))
+        else:
+            load_pretrained(model, config.pretrained_model)
+
     if config.freeze_encoder:
         model.linear_encoder.requires_grad_(False)
         model.encoder.requires_grad_(False)
@@ -135,6 +138,7 @@ def _train(arguments: list[str] | None) -> None:
         config,
         photographs=photographs,
         accelerator=accelerator,
+        prepare=start,
         validate=validate,
     )
     if accelerator.is_main_process:

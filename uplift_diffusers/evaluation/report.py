@@ -6,8 +6,6 @@ import io
 import json
 import math
 import platform
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +15,7 @@ from uplift_diffusers.evaluation.digests import digest
 from uplift_diffusers.evaluation.evaluate import Evaluation
 from uplift_diffusers.evaluation.results import COMPARED, Results, ScaleResults, gap_closed
 from uplift_diffusers.evaluation.statistics import FEW_SAMPLES, KID_SUBSETS, Estimate
+from uplift_diffusers.hardware import device_name
 
 COLUMNS = {
     "fid": ("FID", "↓", "{:.2f}"),
@@ -60,19 +59,8 @@ def describe_run(evaluation: Evaluation, *, command: str, seed: int, processes: 
             "numpy": np.__version__,
             "python": platform.python_version(),
         },
-        "hardware": describe_hardware(evaluation.device),
+        "hardware": f"{device_name(evaluation.device)}, {torch.get_num_threads()} threads",
     }
-
-
-def describe_hardware(device: torch.device) -> str:
-    """The processor or accelerator, by its name."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    if sys.platform == "linux":
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def report_json(results: Results, run: dict) -> dict:

@@ -194,7 +194,7 @@ def _note_on_vae(method: Method, vae: Autoencoder) -> str:
 
 
 def _is_folder_of_images(path: Path, samples: list[Sample]) -> bool:
-    return any(find_image_files(path / f"{sample.scale}x") for sample in samples[:1])
+    return any(find_image_files(path / f"{scale}x") for scale in {sample.scale for sample in samples})
 
 
 def _value(text: str) -> object:

@@ -49,8 +49,10 @@ def _train(arguments: list[str] | None) -> None:
     memory = LatentCache(config.latent_cache_dir, vae, space) if config.latent_cache_dir is not None else nullcontext()
     with memory as cache:
         method = make_method(config, vae, space, cache=cache)
-        if method.fit is not None:
+
+        def fit() -> None:
             method.fit(first_crops(photographs, CROPS_TO_FIT).to(accelerator.device) / 255)
+
         validate = None
         if config.validation_data_dir is not None:
             validate = UpsamplerValidation(method.upsample, vae, space, config.validation_data_dir)
@@ -60,6 +62,7 @@ def _train(arguments: list[str] | None) -> None:
             config,
             photographs=photographs,
             accelerator=accelerator,
+            prepare=fit if method.fit is not None else None,
             validate=validate,
         )
     if accelerator.is_main_process:

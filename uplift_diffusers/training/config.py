@@ -14,7 +14,7 @@ from diffusers.optimization import SchedulerType
 
 
 def option(default: typing.Any = dataclasses.MISSING, description: str = "") -> typing.Any:
-    """A dataclass field with the sentence that `--help` shows for it."""
+    """A dataclass field with the sentence that `--help` shows for it; without one, that of the class below it."""
     return dataclasses.field(default=default, metadata={"help": description})
 
 
@@ -142,7 +142,7 @@ def parse_config(
     hints = typing.get_type_hints(config_class)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     for name, field in fields.items():
-        help_text = field.metadata["help"]
+        help_text = _description(config_class, name)
         if field.default is not dataclasses.MISSING:
             help_text += f" (default: {field.default})"
         required = field.default is dataclasses.MISSING and name not in settings
@@ -211,6 +211,11 @@ def _as_flags(name: str, value: typing.Any, *, is_switch: bool) -> list[str]:
 def _nearest(name: str, known: Iterable[str]) -> str:
     matches = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean `{matches[0]}`?" if matches else ""
+
+
+def _description(config_class: type[TrainingConfig], name: str) -> str:
+    fields = (base.__dict__.get("__dataclass_fields__", {}).get(name) for base in config_class.__mro__)
+    return next((field.metadata["help"] for field in fields if field is not None and field.metadata["help"]), "")
 
 
 def _argument_type(hint: typing.Any) -> dict[str, typing.Any]:

@@ -40,6 +40,7 @@ def train(
     *,
     accelerator: Accelerator,
     photographs: Photographs | StreamedPhotographs | None = None,
+    prepare: Callable[[], None] | None = None,
     validate: Callable[[], Validation] | None = None,
 ) -> Path:
     """
@@ -56,6 +57,7 @@ def train(
         config: see `TrainingConfig`.
         accelerator: made before the models, so that every process initialises them alike.
         photographs: what is trained on; by default what `config` names.
+        prepare: called before the first step of a new run, to fit what need not be learned; not where one is resumed.
         validate: called with the averaged weights in place; what it returns is logged.
     Returns:
         `config.output_dir`, which now holds the model as `from_pretrained` loads it.
@@ -78,6 +80,9 @@ def train(
         )
     )
 
+    checkpoint = _checkpoint_to_resume(config, accelerator=accelerator)
+    if checkpoint is None and prepare is not None:
+        prepare()
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -94,7 +99,8 @@ def train(
         "num_photographs": None if config.streaming else len(photographs),
     }
     del settings["hub_token"]
-    _resume(state, config, accelerator=accelerator, settings=settings)
+    if checkpoint is not None:
+        _resume(checkpoint, state, output_dir, accelerator=accelerator, settings=settings)
     if ema is not None:
         ema.to(accelerator.device)
     objective, optimizer = accelerator.prepare(objective, optimizer)
@@ -164,10 +170,8 @@ def train(
     return output_dir
 
 
-def _resume(
-    state: TrainingState, config: TrainingConfig, *, accelerator: Accelerator, settings: dict[str, Any]
-) -> None:
-    """Bring `state` to where `config.resume_from_checkpoint` says, and tell what is different since then."""
+def _checkpoint_to_resume(config: TrainingConfig, *, accelerator: Accelerator) -> Path | None:
+    """What `config.resume_from_checkpoint` asks for; damaged ones on the way to it are named."""
     output_dir = Path(config.output_dir)
     if config.resume_from_checkpoint is None:
         if there := list_checkpoints(output_dir):
@@ -175,12 +179,17 @@ def _resume(
                 f"`output_dir` must hold no checkpoints of another run, got {there[-1]}. "
                 "Resume with resume_from_checkpoint='latest', or name another folder."
             )
-        return
+        return None
     path, problems = find_checkpoint(output_dir, config.resume_from_checkpoint)
     for problem in problems:
         accelerator.print(f"Skipped: {problem}")
-    if path is None:
-        return
+    return path
+
+
+def _resume(
+    path: Path, state: TrainingState, output_dir: Path, *, accelerator: Accelerator, settings: dict[str, Any]
+) -> None:
+    """Bring `state` to where the checkpoint is, and tell what is different since then."""
     load_checkpoint(path, state)
     accelerator.print(f"Resumed from {path}.")
     for change in changed_settings(path, settings):

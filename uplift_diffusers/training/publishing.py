@@ -1,5 +1,6 @@
 """What stands beside a trained model: a card that says how it came about, and the way to the hub."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from diffusers import ModelMixin
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 
 from uplift_diffusers._version import __version__
+from uplift_diffusers.hardware import device_name
 from uplift_diffusers.training.checkpoints import list_checkpoints, read_settings
 from uplift_diffusers.training.config import TrainingConfig
 from uplift_diffusers.training.logs import METRICS, read_metrics
@@ -143,7 +145,7 @@ def model_card(
 def _flags(config: TrainingConfig) -> list[str]:
     """The flags that make `config` of its class's defaults, but for those that change nothing in the result."""
     flags = []
-    for field in config.__dataclass_fields__.values():
+    for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value == field.default or field.name in _NOT_A_RECIPE - {"output_dir"}:
             continue
@@ -181,10 +183,8 @@ def _hardware(accelerator: Accelerator, settings: dict[str, Any], records: list[
         if "images_per_s" in record:
             seconds += (record["step"] - before) * images_per_step / record["images_per_s"]
             before = record["step"]
-    device = accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     return (
-        f"{accelerator.num_processes} x {name}, {seconds / 3600:.1f} h of training by the log; uplift-diffusers "
-        f"{__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}, "
+        f"{accelerator.num_processes} x {device_name(accelerator.device)}, {seconds / 3600:.1f} h of training by the "
+        f"log; uplift-diffusers {__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}, "
         f"accelerate {accelerate.__version__}."
     )

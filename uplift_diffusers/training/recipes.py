@@ -19,11 +19,11 @@ class LatentTrainingConfig(TrainingConfig):
         "stable-diffusion-v1-5/stable-diffusion-v1-5", "A VAE, or a pipeline that has one: a local folder or a hub id."
     )
     latent_space: str | None = option(None, "Declares the VAE's latent space where its config does not say it.")
-    resolution: int = option(1024, "Edge of the training crops in pixels.")
-    random_crop: bool = option(False, "Random crops and flips; off: the whole picture's centre square, resized.")
-    train_batch_size: int = option(1, "Images per process and micro-step.")
-    max_train_steps: int | None = option(None, "Optimiser steps, in place of num_train_epochs.")
-    num_train_epochs: int | None = option(5, "Passes over the photographs.")
+    resolution: int = option(1024)
+    random_crop: bool = option(False)
+    train_batch_size: int = option(1)
+    max_train_steps: int | None = option(None)
+    num_train_epochs: int | None = option(5)
     depths: tuple[int, ...] = option((1, 2), "Depths d: from 1/2^d of the resolution to all of it.")
     latent_cache_dir: str | None = option(None, "Folder that keeps the VAE's latents, so that each is computed once.")
 
@@ -43,14 +43,14 @@ class EmbeddedDefaults(LatentTrainingConfig):
     """Data and schedule of whatever is trained for the embedded bundle: small enough for a laptop."""
 
     vae: str = option(description="The embedded autoencoder: a local folder.")
-    resolution: int = option(192, "Edge of the training crops in pixels.")
-    random_crop: bool = option(True, "Random crops and flips; off: the whole picture's centre square, resized.")
-    max_reduction: float = option(2.0, "Half of the random crops come from a picture reduced by up to this factor.")
-    train_batch_size: int = option(4, "Images per process and micro-step.")
-    max_train_steps: int | None = option(4_200, "Optimiser steps.")
-    num_train_epochs: int | None = option(None, "Passes over the photographs, in place of max_train_steps.")
-    learning_rate: float = option(7e-4, "Peak learning rate of Adam.")
-    mixed_precision: str = option("bf16", "no, bf16 or fp16 (accelerate's autocast).")
+    resolution: int = option(192)
+    random_crop: bool = option(True)
+    max_reduction: float = option(2.0)
+    train_batch_size: int = option(4)
+    max_train_steps: int | None = option(4_200)
+    num_train_epochs: int | None = option(None)
+    learning_rate: float = option(7e-4)
+    mixed_precision: str = option("bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +61,9 @@ class UpsamplerTrainingConfig(LatentTrainingConfig):
     model_settings: ClassVar[dict] = {}
     """Constructor arguments of UPLiFTModel; `latent_channels`, `spatial_factor` and `latent_space` are the VAE's."""
 
-    lr_scheduler: str = option("constant", "diffusers' schedule: constant, constant_with_warmup, linear, cosine, ...")
-    lr_warmup_steps: int = option(0, "Optimiser steps over which the learning rate rises from zero.")
-    use_ema: bool = option(False, "Keep an exponential moving average of the weights and save it as the result.")
+    lr_scheduler: str = option("constant")
+    lr_warmup_steps: int = option(0)
+    use_ema: bool = option(False)
     depths: tuple[int, ...] = option((1, 2, 3, 4), "Depths d: from 1/2^d of the resolution in d steps of 2x.")
     latent_noise: float = option(1.0, "Deviation of the noise added to the starting latents, in raw units.")
     pixel_weight: float = option(0.0, "Weight of the L1 loss between a decoded last step and the image.")
@@ -93,9 +93,9 @@ class EmbeddedTrainingConfig(EmbeddedDefaults, UpsamplerTrainingConfig):
         "norm_type": "bias",
     }
 
-    learning_rate: float = option(4e-4, "Peak learning rate of Adam.")
-    latent_noise: float = option(0.02, "Deviation of the noise added to the starting latents, in raw units.")
-    pixel_weight: float = option(10.0, "Weight of the L1 loss between a decoded last step and the image.")
+    learning_rate: float = option(4e-4)
+    latent_noise: float = option(0.02)
+    pixel_weight: float = option(10.0)
 
 
 LIFT_SETTINGS = {"neighborhood": None, "reencode_image": True, "image_residual": False}
@@ -117,7 +117,7 @@ class LiFTTrainingConfig(UpsamplerTrainingConfig):
     method: ClassVar[str] = "lift"
     model_settings: ClassVar[dict] = {**UpsamplerTrainingConfig.model_settings, **LIFT_SETTINGS}
 
-    depths: tuple[int, ...] = option((1,), "Depths d: from 1/2^d of the resolution in d steps of 2x.")
+    depths: tuple[int, ...] = option((1,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ class EmbeddedLiFTTrainingConfig(EmbeddedTrainingConfig):
         "refiner_residual": True,
     }
 
-    depths: tuple[int, ...] = option((1,), "Depths d: from 1/2^d of the resolution in d steps of 2x.")
+    depths: tuple[int, ...] = option((1,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +140,9 @@ class CFMTrainingConfig(LatentTrainingConfig):
 
     method: ClassVar[str] = "cfm"
 
-    learning_rate: float = option(3e-5, "Peak learning rate of Adam.")
-    lr_scheduler: str = option(
-        "constant_with_warmup", "diffusers' schedule: constant, constant_with_warmup, linear, cosine, ..."
-    )
-    lr_warmup_steps: int = option(1000, "Optimiser steps over which the learning rate rises from zero.")
+    learning_rate: float = option(3e-5)
+    lr_scheduler: str = option("constant_with_warmup")
+    lr_warmup_steps: int = option(1000)
     unet: str = option("published", f"Size of the U-Net: {', '.join(UNETS)}.")
 
     def __post_init__(self):
@@ -157,7 +155,7 @@ class CFMTrainingConfig(LatentTrainingConfig):
 class EmbeddedCFMTrainingConfig(EmbeddedDefaults, CFMTrainingConfig):
     """Coupling Flow Matching on the data and schedule of the embedded bundle."""
 
-    unet: str = option("same-time", f"Size of the U-Net: {', '.join(UNETS)}.")
+    unet: str = option("same-time")
 
 
 RECIPES: dict[str, dict[str, type[LatentTrainingConfig]]] = {

@@ -14,7 +14,7 @@ from tests.components import (
     make_vae,
     seeded,
 )
-from tests.evaluation_parts import make_pipeline, save_photographs
+from tests.evaluation.parts import make_pipeline, save_photographs
 from uplift_diffusers import UPLiFTSuperResolutionPipeline
 from uplift_diffusers.evaluation.cost import measure_cost
 from uplift_diffusers.evaluation.methods import (
@@ -44,16 +44,6 @@ class PixelPipeline(DiffusionPipeline):
     def __call__(self, image, generator, num_inference_steps=1):
         self.drawn.append(torch.rand(1, generator=generator).item())
         return ImagePipelineOutput(images=[image.resize((2 * image.width, 2 * image.height))])
-
-
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory):
-    return save_photographs(tmp_path_factory.mktemp("photographs"))
-
-
-@pytest.fixture(scope="module")
-def pipeline():
-    return make_pipeline()
 
 
 def methods_for(protocol, words, pipeline):

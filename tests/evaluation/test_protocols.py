@@ -16,7 +16,7 @@ from tests.components import (
     make_upsampler,
     seeded,
 )
-from tests.evaluation_parts import TinyInception, make_pipeline, save_photographs
+from tests.evaluation.parts import TinyInception, make_pipeline, save_photographs
 from uplift_diffusers import UPLiFTLatentUpscalePipeline
 from uplift_diffusers.evaluation.evaluate import Evaluation
 from uplift_diffusers.evaluation.methods import (
@@ -31,16 +31,6 @@ from uplift_diffusers.evaluation.results import compute_results
 from uplift_diffusers.evaluation.selection import for_latents, make_methods, parse_methods
 from uplift_diffusers.evaluation.super_resolution import SuperResolution
 from uplift_diffusers.evaluation.text_to_image import TextToImage
-
-
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory):
-    return save_photographs(tmp_path_factory.mktemp("photographs"))
-
-
-@pytest.fixture(scope="module")
-def pipeline():
-    return make_pipeline()
 
 
 def test_reduction_and_bicubic_are_pillows(photographs, pipeline):

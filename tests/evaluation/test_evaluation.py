@@ -12,7 +12,7 @@ import uplift_diffusers
 from tests.components import (
     make_upsampler,
 )
-from tests.evaluation_parts import TinyInception, all_metrics, make_pipeline, save_photographs, truth_method
+from tests.evaluation.parts import TinyInception, all_metrics, truth_method
 from uplift_diffusers import UPLiFTSuperResolutionPipeline
 from uplift_diffusers.evaluation.digests import digest_code
 from uplift_diffusers.evaluation.evaluate import Evaluation
@@ -30,16 +30,6 @@ from uplift_diffusers.evaluation.report import describe_run, report_csv, report_
 from uplift_diffusers.evaluation.results import compute_results, evaluate, gap_closed, rows_to_show
 from uplift_diffusers.evaluation.statistics import Estimate
 from uplift_diffusers.evaluation.super_resolution import SuperResolution
-
-
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory):
-    return save_photographs(tmp_path_factory.mktemp("photographs"))
-
-
-@pytest.fixture(scope="module")
-def pipeline():
-    return make_pipeline()
 
 
 def test_returning_the_truth_scores_perfectly(photographs):
