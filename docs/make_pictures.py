@@ -11,7 +11,12 @@ from PIL import Image
 from uplift_diffusers import UPLiFTSuperResolutionPipeline, embedded_bundle
 
 ROOT = Path(__file__).resolve().parent.parent
-CROPS = {"cat.png": (150, 60), "coffee.jpg": (150, 150), "astronaut.jpg": (170, 50)}
+CROPS = [  # a face, text, architecture, foliage
+    ("astronaut.jpg", (170, 50)),
+    ("astronaut.jpg", (118, 333)),
+    ("pagoda.jpg", (150, 150)),
+    ("pagoda.jpg", (530, 150)),
+]
 EDGE, SCALE, GAP = 104, 4, 8
 
 
@@ -20,7 +25,7 @@ def main() -> None:
     pipeline = UPLiFTSuperResolutionPipeline.from_pretrained(embedded_bundle())
     large = EDGE * SCALE
     sheet = Image.new("RGB", (2 * large + GAP, len(CROPS) * (large + GAP) - GAP), "white")
-    for row, (name, (left, top)) in enumerate(CROPS.items()):
+    for row, (name, (left, top)) in enumerate(CROPS):
         image = Image.open(ROOT / "examples" / name).convert("RGB")
         box = (left, top, left + EDGE, top + EDGE)
         larger_box = tuple(SCALE * edge for edge in box)
