@@ -168,6 +168,7 @@ def pipeline_method(
                 f"`{name}` must be a pipeline that takes {option!r}, got a {type(pipeline).__name__}, which takes "
                 f"{', '.join(accepted)}."
             )
+    pipeline.set_progress_bar_config(disable=True)  # the evaluation has one of its own
 
     def upscale(sample: Sample) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed_of(seed, sample.name))

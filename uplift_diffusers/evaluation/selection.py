@@ -117,7 +117,6 @@ def make_methods(
         if spec.path not in loaded:
             found = load_pipeline(spec.path, vae=vae, latent_space=space.name)
             loaded[spec.path] = (for_latents(found, space) if of_latents else found).to(device)
-            loaded[spec.path].set_progress_bar_config(disable=True)
         method = pipeline_method(
             spec.name,
             loaded[spec.path],
