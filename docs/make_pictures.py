@@ -1,11 +1,13 @@
 """
-Make the README's picture: crops enlarged four times, bicubic beside the embedded model.
+Make the README's picture, crops enlarged four times, bicubic beside the embedded model, and its learning curves.
 
     python docs/make_pictures.py
 """
 
+import json
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from PIL import Image
 
 from uplift_diffusers import UPLiFTSuperResolutionPipeline, embedded_bundle
@@ -20,8 +22,16 @@ CROPS = [  # a face, text, architecture, foliage
 EDGE, SCALE, GAP = 104, 4, 8
 
 
+STAGES = ["autoencoder", "autoencoder_grown", "autoencoder_decoder", "upsampler"]
+
+
 def main() -> None:
-    """Write docs/images/comparison.png."""
+    """Write docs/images/comparison.png and docs/images/curves.png."""
+    compare()
+    plot_curves()
+
+
+def compare() -> None:
     pipeline = UPLiFTSuperResolutionPipeline.from_pretrained(embedded_bundle())
     large = EDGE * SCALE
     sheet = Image.new("RGB", (2 * large + GAP, len(CROPS) * (large + GAP) - GAP), "white")
@@ -34,6 +44,27 @@ def main() -> None:
         sheet.paste(bicubic, (0, row * (large + GAP)))
         sheet.paste(uplift, (large + GAP, row * (large + GAP)))
     sheet.save(ROOT / "docs" / "images" / "comparison.png", optimize=True)
+
+
+def plot_curves() -> None:
+    """Loss in training, and PSNR on the validation crops of 256 px, by step and stage."""
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    for column, (axes, stage) in enumerate(zip(figure.subplots(2, len(STAGES), sharex="col").T, STAGES, strict=True)):
+        lines = (ROOT / "model_cards" / "embedded" / f"{stage}.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        losses = [record for record in records if "loss" in record]
+        axes[0].plot([record["step"] for record in losses], [record["loss"] for record in losses])
+        for name in ("val_psnr", "val_psnr_2x", "val_psnr_4x"):
+            values = [(record["step"], record[name]) for record in records if name in record]
+            if values:
+                axes[1].plot(*zip(*values), marker="o", label=name)
+        axes[0].set_title(stage)
+        axes[1].set_xlabel("step")
+        axes[1].legend()
+        if column == 0:
+            axes[0].set_ylabel("loss")
+            axes[1].set_ylabel("dB")
+    figure.savefig(ROOT / "docs" / "images" / "curves.png", dpi=80)
 
 
 if __name__ == "__main__":
