@@ -21,7 +21,6 @@ CROPS = [  # a face, text, architecture, foliage
 ]
 EDGE, SCALE, GAP = 104, 4, 8
 
-
 STAGES = ["autoencoder", "autoencoder_grown", "autoencoder_decoder", "upsampler"]
 
 
@@ -33,16 +32,16 @@ def main() -> None:
 
 def compare() -> None:
     pipeline = UPLiFTSuperResolutionPipeline.from_pretrained(embedded_bundle())
-    large = EDGE * SCALE
-    sheet = Image.new("RGB", (2 * large + GAP, len(CROPS) * (large + GAP) - GAP), "white")
-    for row, (name, (left, top)) in enumerate(CROPS):
-        image = Image.open(ROOT / "examples" / name).convert("RGB")
-        box = (left, top, left + EDGE, top + EDGE)
-        larger_box = tuple(SCALE * edge for edge in box)
-        bicubic = image.resize((SCALE * image.width, SCALE * image.height), Image.BICUBIC).crop(larger_box)
-        uplift = pipeline(image=image, scale=SCALE).images[0].crop(larger_box)
-        sheet.paste(bicubic, (0, row * (large + GAP)))
-        sheet.paste(uplift, (large + GAP, row * (large + GAP)))
+    images = {name: Image.open(ROOT / "examples" / name).convert("RGB") for name, _ in CROPS}
+    larger = {name: pipeline(image=image, scale=SCALE).images[0] for name, image in images.items()}
+    edge = EDGE * SCALE
+    sheet = Image.new("RGB", (2 * edge + GAP, len(CROPS) * (edge + GAP) - GAP), "white")
+    for row, (name, corner) in enumerate(CROPS):
+        left, top = (SCALE * position for position in corner)
+        box = (left, top, left + edge, top + edge)
+        bicubic = images[name].resize(larger[name].size, Image.BICUBIC)
+        sheet.paste(bicubic.crop(box), (0, row * (edge + GAP)))
+        sheet.paste(larger[name].crop(box), (edge + GAP, row * (edge + GAP)))
     sheet.save(ROOT / "docs" / "images" / "comparison.png", optimize=True)
 
 
