@@ -73,6 +73,7 @@ def test_bundle_is_ahead_of_bicubic_on_the_examples(scores):
     assert scores[2]["uplift"]["psnr"].value > scores[2]["bicubic"]["psnr"].value + 0.3
     assert scores[2]["uplift"]["ssim"].value > scores[2]["bicubic"]["ssim"].value
     assert scores[4]["uplift"]["psnr"].value > scores[4]["bicubic"]["psnr"].value
+    assert scores[4]["uplift"]["ssim"].value > scores[4]["bicubic"]["ssim"].value
 
 
 def test_the_same_image_gives_the_same_output_twice():
