@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -138,16 +139,24 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_upscale(commands: argparse._SubParsersAction) -> None:
+def _add_command(
+    commands: argparse._SubParsersAction, run: Callable[[argparse.Namespace], int], purpose: str, *, epilog: str
+) -> argparse.ArgumentParser:
+    """The parser of a command named after the function that it runs."""
     parser = commands.add_parser(
-        "upscale",
-        help="enlarge image files and folders of them",
-        description="Enlarge image files and folders of them.",
-        epilog=_UPSCALE_EPILOG,
+        run.__name__,
+        help=purpose,
+        description=f"{purpose.capitalize()}.",
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(run=upscale)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_upscale(commands: argparse._SubParsersAction) -> None:
+    parser = _add_command(commands, upscale, "enlarge image files and folders of them", epilog=_UPSCALE_EPILOG)
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="image file, or folder of them")
     parser.add_argument("--output", required=True, metavar="PATH", help="file or folder to write")
     parser.add_argument(
@@ -183,15 +192,7 @@ def _add_upscale(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_fetch(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "fetch",
-        help="download the photographs that a dataset lists",
-        description="Download the photographs that a dataset lists.",
-        epilog=_FETCH_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.set_defaults(run=fetch)
+    parser = _add_command(commands, fetch, "download the photographs that a dataset lists", epilog=_FETCH_EPILOG)
     parser.add_argument("name", choices=("unsplash-lite",), metavar="NAME", help="unsplash-lite")
     parser.add_argument(
         "--dataset", required=True, metavar="PATH", help="the dataset as published: its archive, or the folder of it"
