@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from uplift_diffusers.demo.text_to_image import STABLE_DIFFUSION, UPSAMPLER, Source
@@ -124,6 +125,7 @@ def _serve(options: argparse.Namespace, folder: Path) -> int:
         limits=Limits(options.max_pixels, other_models=is_local),
         examples=sorted(path for path in EXAMPLES.glob("*") if path.suffix in (".jpg", ".png")),
     )
+    interrupted = _interruption()
     try:
         page.launch(
             server_name=options.host,
@@ -138,12 +140,33 @@ def _serve(options: argparse.Namespace, folder: Path) -> int:
             ssr_mode=False,
             prevent_thread_lock=True,
         )
+        if not interrupted.is_set():
+            workshop.begin(lambda: models.enlarger(list(offered)[-1]))  # while somebody looks for a picture
+        while not interrupted.wait(0.2):
+            pass
     except OSError as error:  # no free port
         print(f"app.py: error: {error}", file=sys.stderr)
         return 2
-    workshop.begin(lambda: models.enlarger(list(offered)[-1]))  # while somebody looks for a picture
-    try:
-        page.block_thread()
     finally:
         workshop.close()
+        page.close(verbose=False)
     return 0
+
+
+def _interruption() -> threading.Event:
+    """
+    Set by the first Ctrl-C or SIGTERM, in place of the exception, which a second one raises.
+
+    An exception in the middle of `launch` would leave a server behind that nobody can close, and whose threads Python
+    waits for.
+    """
+    interrupted = threading.Event()
+
+    def interrupt(*_) -> None:
+        interrupted.set()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    return interrupted
