@@ -148,6 +148,21 @@ class Visitor:
     def sees(self, text: str) -> None:
         self.page.get_by_text(re.compile(text)).filter(visible=True).first.wait_for()
 
+    @contextmanager
+    def seeing(self, text: str) -> Iterator[None]:
+        """Within the block the page shows `text` at some moment, however short."""
+        self.page.evaluate(
+            """text => {
+                window.hasSeen = false;
+                const look = () => { window.hasSeen ||= new RegExp(text).test(document.body.innerText); };
+                const changes = {subtree: true, childList: true, characterData: true};
+                new MutationObserver(look).observe(document.body, changes);
+            }""",
+            text,
+        )
+        yield
+        self.page.wait_for_function("() => window.hasSeen")
+
     def download(self, folder: Path, button: str = "Download") -> Path:
         with self.page.expect_download() as waiting:
             self.press(button)

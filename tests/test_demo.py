@@ -100,9 +100,9 @@ def test_an_upload_becomes_the_pipelines_own_output_with_name_and_metadata(visit
     exif[ExifTags.Base.Artist] = "somebody"
     source = save_picture(tmp_path / "My photo.jpg", LARGE, exif=exif)
     visitor.choose(source)
-    visitor.press("Enlarge")
-    visitor.sees(r"(Encoding|Enlarging|Decoding), about \d+ s left")
-    assert visitor.pixels("After") == (1800, 1400)
+    with visitor.seeing(r"(Encoding|Enlarging|Decoding), about \d+ s left"):
+        visitor.press("Enlarge")
+        assert visitor.pixels("After") == (1800, 1400)
     assert visitor.pixels("Before") == (900, 700)
     figures = visitor.panel.locator(".figures table").inner_text()
     assert re.search(r"My photo.png\s+900 × 700\s+1800 × 1400\s+[\d.]+ s\s+[\d.]+ [MG]B", figures)
@@ -182,8 +182,9 @@ def test_two_visitors_are_served_one_after_the_other_with_their_own_pictures(bro
     visitors = [Visitor(browser, demo) for _ in range(2)]
     for visitor, colour, size in zip(visitors, ("red", "blue"), (LARGE, SMALL)):
         visitor.choose(save_picture(tmp_path / f"{colour}.png", size, colour))
-        visitor.press("Enlarge")
-    visitors[1].sees(r"queue: 1/1")
+    visitors[0].press("Enlarge")
+    with visitors[1].seeing(r"queue: 1/1"):
+        visitors[1].press("Enlarge")
     for visitor, colour, size in zip(visitors, ("red", "blue"), (LARGE, SMALL)):
         assert visitor.pixels("After") == (2 * size[0], 2 * size[1])
         path = visitor.download(tmp_path)
