@@ -30,6 +30,8 @@ FAMILIES = {
     "default": {},
     "pixels": {"encoder_patch_size": 1},
     "patches of a latent": {"encoder_patch_size": 8, "encoder_layers_per_block": 2},
+    "stem": {"encoder_stem_layers": 2, "encoder_stem_channels": 7, "encoder_convs_per_block": 2},
+    "stem, LiFT": {"encoder_stem_layers": 1, "neighborhood": None, "reencode_image": True, "encoder_patch_size": 8},
     "batch norm, two convolutions": {
         "norm_type": "batch_norm",
         "decoder_convs_per_block": 2,
@@ -232,11 +234,13 @@ def shorten(monkeypatch, part):
         ("refiner.blocks", 17),
         ("attender", 9),
         ("attender", 17),
-        ("encoder", 17),
+        ("encoder.blocks.0", 17),
+        ("encoder.stem", 17),
     ],
 )
 def test_a_halo_that_is_one_smaller_is_wrong(monkeypatch, part, neighborhood):
-    model = make_model(encoder_patch_size=8, neighborhood=neighborhood).double()
+    settings = {"encoder_stem_layers": 1} if part == "encoder.stem" else {}
+    model = make_model(encoder_patch_size=8, neighborhood=neighborhood, **settings).double()
     assert tiling_difference(model, (30, 30), num_steps=1, tile=10) <= EXACT
     shorten(monkeypatch, model.get_submodule(part))
     assert tiling_difference(model, (30, 30), num_steps=1, tile=10) > 1000 * EXACT

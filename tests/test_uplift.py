@@ -45,6 +45,7 @@ def generator(seed):
         {"refiner_residual": True, "neighborhood": 25},
         {"neighborhood": None, "reencode_image": True},
         {"encoder_patch_size": 4},
+        {"encoder_patch_size": 4, "encoder_stem_layers": 2},
         {"image_normalization": "imagenet"},
     ],
 )
@@ -185,6 +186,7 @@ def test_layerwise_casting_reaches_every_layer():
         ({"encoder_block_out_channels": (8,)}, "at least two entries"),
         ({"decoder_layers": (1, 0)}, "`decoder_layers` must be two numbers of at least 1"),
         ({"encoder_patch_size": 3}, "must divide the 8 pixels"),
+        ({"encoder_stem_layers": -1}, "`encoder_stem_layers` must be at least 0"),
         ({"latent_channels": 0}, "`latent_channels` must be at least 1"),
         ({"refiner_layers": -1}, "`refiner_layers` must be at least 0"),
     ],

@@ -124,45 +124,63 @@ class UPLiFTEncoder(nn.Module):
         *,
         layers_per_block: int,
         patch_size: int,
+        stem_channels: int,
+        stem_layers: int,
         num_convs: int,
         norm_type: str,
     ):
         super().__init__()
-        self.unshuffle = nn.PixelUnshuffle(patch_size)
+        self.patch_size = patch_size
+        self.stem = None
+        self.patches = nn.PixelUnshuffle(patch_size)
         widths = (3 * patch_size**2, *block_out_channels)
+        if stem_layers:
+            self.stem = ConvGroup(3, stem_channels, num_layers=stem_layers, num_convs=num_convs, norm_type=norm_type)
+            self.patches = nn.Conv2d(stem_channels, block_out_channels[0], patch_size, stride=patch_size)
+            widths = (block_out_channels[0], *block_out_channels)
         self.blocks = nn.ModuleList(
             ConvGroup(before, after, num_layers=layers_per_block, num_convs=num_convs, norm_type=norm_type)
             for before, after in zip(widths[:-1], widths[1:])
         )
 
     @property
-    def reach(self) -> int:
-        """Patches to each side on which an output depends."""
-        return sum(block.reach for block in self.blocks)
+    def reach_px(self) -> int:
+        """Pixels to each side of its patch on which an output depends."""
+        stem_reach_px = self.stem.reach if self.stem is not None else 0
+        return stem_reach_px + self.patch_size * sum(block.reach for block in self.blocks)
 
     def forward(self, image: torch.Tensor, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, 3, H, W) -> the map before the last and the last one, every `stride`-th position of each."""
-        hidden = self.unshuffle(image).contiguous(memory_format=torch.channels_last)
-        height, width = hidden.shape[2:]
+        height, width = (size // self.patch_size for size in image.shape[2:])
         bands = 1 if self.training or torch.is_grad_enabled() else -(-height * width // ENCODER_BAND)
         if bands > 1:
-            return self._encode_bands(hidden, stride, -(-height // (bands * stride)) * stride)
+            return self._encode_bands(image, stride, -(-height // (bands * stride)) * stride)
+        hidden = self._embed(image)
         for block in self.blocks[:-1]:
             hidden = block(hidden)
         return hidden[..., ::stride, ::stride], self.blocks[-1](hidden, stride)
 
-    def _encode_bands(self, hidden: torch.Tensor, stride: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _embed(self, image: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, D, H / patch_size, W / patch_size), what the first group is given."""
+        hidden = image if self.stem is None else self.stem(image.contiguous(memory_format=torch.channels_last))
+        return self.patches(hidden).contiguous(memory_format=torch.channels_last)
+
+    def _encode_bands(self, image: torch.Tensor, stride: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The same, `rows` rows of patches at a time, a multiple of `stride`, exact by a halo as in `tiling`."""
-        whole = Window.whole(tuple(hidden.shape[2:]))
+        pixels = Window.whole(tuple(image.shape[2:]))
+        whole = pixels.cover(self.patch_size)
         layers = [layer for block in self.blocks[:-1] for layer in block.layers]
         # Halos are multiples of the stride too, so that the same positions are sampled.
         last_halo = -(-self.blocks[-1].reach // stride) * stride
-        halo = last_halo + -(-(self.reach - self.blocks[-1].reach) // stride) * stride
+        halo = last_halo + -(-sum(layer.reach for layer in layers) // stride) * stride
+        stem_halo = -(-self.stem.reach // self.patch_size) if self.stem is not None else 0
         maps = []
         for start in range(0, whole.rows.size, rows):
             band = Window(Span(start, min(start + rows, whole.rows.size), whole.rows.size), whole.columns)
             outer, inner = (Window(band.rows.grow(reach), band.columns) for reach in (halo, last_halo))
-            seen = run_trimmed(layers, whole.crop(hidden, outer), outer.margins(inner))
+            embedded = Window(outer.rows.grow(stem_halo), outer.columns)
+            hidden = embedded.crop(self._embed(pixels.crop(image, embedded.finer(self.patch_size))), outer)
+            seen = run_trimmed(layers, hidden, outer.margins(inner))
             before_last = inner.crop(seen, band)[..., ::stride, ::stride]
             top = (band.rows.start - inner.rows.start) // stride
             last = self.blocks[-1](seen, stride)[:, :, top : top + before_last.shape[2]]
@@ -307,6 +325,8 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         encoder_block_out_channels (`tuple[int, ...]`): widths of the encoder's groups, at least two.
         encoder_layers_per_block (`int`): blocks in each group.
         encoder_patch_size (`int`): the encoder works on `encoder_patch_size`-pixel patches (1: on pixels).
+        encoder_stem_channels (`int`): width of the encoder's stem.
+        encoder_stem_layers (`int`): blocks of a stem at every pixel, before the patches are formed; 0 leaves it out.
         encoder_spatial_factor (`int`, *optional*): image pixels per latent position that the encoder sees; where it
             differs from `spatial_factor` the image is resized first (16 for backbones of patch 14).
         image_normalization (`str`): `"none"` (the encoder sees [0, 1]) or `"imagenet"`.
@@ -340,6 +360,8 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         encoder_block_out_channels: tuple[int, ...] = (64, 128, 256, 512, 512),
         encoder_layers_per_block: int = 2,
         encoder_patch_size: int = 1,
+        encoder_stem_channels: int = 32,
+        encoder_stem_layers: int = 0,
         encoder_spatial_factor: int | None = None,
         image_normalization: str = "none",
         decoder_channels: int = 512,
@@ -364,6 +386,8 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
             encoder_block_out_channels,
             layers_per_block=encoder_layers_per_block,
             patch_size=encoder_patch_size,
+            stem_channels=encoder_stem_channels,
+            stem_layers=encoder_stem_layers,
             num_convs=encoder_convs_per_block,
             norm_type=norm_type,
         )
@@ -614,7 +638,7 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         """Guide maps of the magnified image, on `cells` latents, sampled no finer than `finest` times the latents."""
         config = self.config
         factor = config.encoder_spatial_factor or config.spatial_factor
-        reach_px = -(-self.encoder.reach * config.encoder_patch_size // magnification)
+        reach_px = -(-self.encoder.reach_px // magnification)
         if factor != config.spatial_factor:
             reach_px += -(-max(factor, config.spatial_factor) // config.spatial_factor)
         if magnification > 1:
@@ -732,6 +756,7 @@ def _check_config(**config) -> None:
         "spatial_factor",
         "encoder_layers_per_block",
         "encoder_patch_size",
+        "encoder_stem_channels",
         "decoder_channels",
         "refiner_channels",
         "encoder_convs_per_block",
@@ -739,7 +764,7 @@ def _check_config(**config) -> None:
     ):
         if config[name] < 1:
             raise ValueError(f"`{name}` must be at least 1, got {config[name]}.")
-    for name in ("refiner_layers", "noise_channels"):
+    for name in ("encoder_stem_layers", "refiner_layers", "noise_channels"):
         if config[name] < 0:
             raise ValueError(f"`{name}` must be at least 0, got {config[name]}.")
     if len(config["encoder_block_out_channels"]) < 2:

@@ -47,7 +47,7 @@ class EmbeddedDefaults(LatentTrainingConfig):
     random_crop: bool = option(True)
     max_reduction: float = option(2.0)
     train_batch_size: int = option(4)
-    max_train_steps: int | None = option(4_200)
+    max_train_steps: int | None = option(4_000)
     num_train_epochs: int | None = option(None)
     learning_rate: float = option(7e-4)
     mixed_precision: str = option("bf16")
@@ -83,6 +83,9 @@ class EmbeddedTrainingConfig(EmbeddedDefaults, UpsamplerTrainingConfig):
         "encoder_block_out_channels": (128, 128),
         "encoder_layers_per_block": 2,
         "encoder_patch_size": 4,
+        "encoder_stem_channels": 32,
+        "encoder_stem_layers": 4,
+        "encoder_convs_per_block": 2,
         "decoder_channels": 128,
         "decoder_layers": (1, 2),
         "neighborhood": 17,
@@ -93,7 +96,6 @@ class EmbeddedTrainingConfig(EmbeddedDefaults, UpsamplerTrainingConfig):
         "norm_type": "bias",
     }
 
-    learning_rate: float = option(4e-4)
     latent_noise: float = option(0.02)
     pixel_weight: float = option(10.0)
 
