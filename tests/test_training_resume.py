@@ -25,6 +25,7 @@ from tests.training_runs import (
     start_training,
 )
 from uplift_diffusers.training.checkpoints import find_checkpoint, list_checkpoints
+from uplift_diffusers.training.logs import read_metrics
 from uplift_diffusers.training.loop import train
 
 
@@ -172,6 +173,17 @@ def test_two_processes_average_to_the_gradients_of_one_with_twice_the_batch(phot
     for name in gradients:
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6)
     assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"), rel=1e-4)
+
+
+def test_two_processes_log_each_loss_under_its_own_name(photographs, tmp_path):
+    # Every process draws the depth that it decodes, and so comes to its losses in an order of its own.
+    processes = start_distributed_training(2, photographs, tmp_path, train_batch_size=1, max_train_steps=4)
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    for record in read_metrics(tmp_path):
+        assert record["loss"] == pytest.approx(record["loss_d1"] + record["loss_d2"] + record["pixel"], rel=1e-5)
+        assert record["pixel"] < 0.6 * record["loss_d2"]  # equal where they were mixed
 
 
 @pytest.fixture

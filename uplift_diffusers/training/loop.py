@@ -137,7 +137,8 @@ def train(
         saves = state.step % config.checkpointing_steps == 0 or last
         validates = validate is not None and (state.step % validation_steps == 0 or last)
         if logs or saves:
-            state.sums = accelerator.reduce(state.sums, reduction="mean")
+            # In one order on every process: they are added up by their place, and a loss may be known sooner on one.
+            state.sums = accelerator.reduce(dict(sorted(state.sums.items())), reduction="mean")
             if not torch.isfinite(state.sums["loss"]):
                 raise FloatingPointError(
                     f"The loss is {state.sums['loss'].item()} at step {state.step}. "

@@ -47,7 +47,7 @@ class EmbeddedDefaults(LatentTrainingConfig):
     random_crop: bool = option(True)
     max_reduction: float = option(2.0)
     train_batch_size: int = option(4)
-    max_train_steps: int | None = option(4_000)
+    max_train_steps: int | None = option(2_400)
     num_train_epochs: int | None = option(None)
     learning_rate: float = option(7e-4)
     mixed_precision: str = option("bf16")
@@ -86,6 +86,7 @@ class EmbeddedTrainingConfig(EmbeddedDefaults, UpsamplerTrainingConfig):
         "encoder_stem_channels": 32,
         "encoder_stem_layers": 4,
         "encoder_convs_per_block": 2,
+        "image_normalization": "imagenet",
         "decoder_channels": 128,
         "decoder_layers": (1, 2),
         "neighborhood": 17,
@@ -96,6 +97,7 @@ class EmbeddedTrainingConfig(EmbeddedDefaults, UpsamplerTrainingConfig):
         "norm_type": "bias",
     }
 
+    learning_rate: float = option(1e-3)
     latent_noise: float = option(0.02)
     pixel_weight: float = option(10.0)
 
