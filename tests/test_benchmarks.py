@@ -7,13 +7,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from benchmarks import inference, vae_tiling
+from benchmarks import inference, upsampler_trials, vae_tiling
 from benchmarks.measure import fit_exponent, interleave
 from benchmarks.reference import OFFSETS, PlainUPLiFT
 from tests.components import make_local_vae, make_vae, seeded, smooth_images
 from tests.reference_weights import REFERENCE, reference_state_dict
-from uplift_diffusers import UPLiFTModel
+from tests.training_runs import make_photographs
+from uplift_diffusers import UPLiFTModel, UPLiFTSuperResolutionPipeline
 from uplift_diffusers.functional import neighborhood_offsets
+from uplift_diffusers.models.blocks import add_shared_channels
 from uplift_diffusers.models.conversion import convert_state_dict
 
 SMALL = {"encoder_channels": (6, 10, 20), "channels": 20, "refiner_blocks": 3}
@@ -136,3 +138,91 @@ def test_a_local_autoencoder_has_no_seam_and_another_one_does(tmp_path, capsys):
         levels[name] = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
     assert float(levels["local"]["largest"]) < 0.01
     assert float(levels["kl"]["largest"]) > float(levels["kl"]["worst column"]) > float(levels["kl"]["mean"]) > 0.01
+
+
+def make_embedded_upsampler(**settings) -> UPLiFTModel:
+    """Of the bundle's kind, but small, and as if it had been trained: nothing in it is zero."""
+    torch.manual_seed(0)
+    model = UPLiFTModel(
+        **{
+            **{"latent_channels": 12, "latent_space": "test-local", "noise_channels": 0, "norm_type": "bias"},
+            **{"encoder_block_out_channels": (20, 20), "encoder_patch_size": 4, "encoder_convs_per_block": 2},
+            **{"encoder_stem_layers": 1, "encoder_stem_channels": 6, "decoder_channels": 28},
+            **{"refiner_channels": 8, "refiner_layers": 2, "image_residual": True, "neighborhood": 17},
+            **settings,
+        }
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"refiner_layers": 4},
+        {"refiner_channels": 11},
+        {"encoder_stem_layers": 3},
+        {"encoder_stem_channels": 9},
+        {"noise_channels": 2},
+    ],
+    ids=str,
+)
+def test_a_trial_begins_as_the_same_function(settings):
+    source, grown = make_embedded_upsampler(), make_embedded_upsampler(**settings)
+    upsampler_trials.grow(grown, source)
+    latents, image = torch.randn(1, 12, 4, 6, generator=seeded()), torch.rand(1, 3, 32, 48, generator=seeded())
+    before, after = (model(latents, image=image, num_steps=2, generator=seeded(1)).sample for model in (source, grown))
+    torch.testing.assert_close(after, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [9, 25])
+def test_another_neighbourhood_begins_with_the_logits_of_the_old_one(size):
+    source, other = make_embedded_upsampler(), make_embedded_upsampler(neighborhood=size)
+    upsampler_trials.grow(other, source)
+    guide = torch.randn(1, 28, 3, 3, generator=seeded())
+
+    def logits_by_offset(model):
+        logits = add_shared_channels(model.attender.conv(guide), guide)[0]
+        return dict(zip(neighborhood_offsets(model.config.neighborhood), logits, strict=True))
+
+    old, new = logits_by_offset(source), logits_by_offset(other)
+    assert len(old.keys() & new.keys()) == min(size, 17)
+    for offset, logits in new.items():
+        expected = old.get(offset, torch.full((3, 3), upsampler_trials.NEW_LOGIT))
+        torch.testing.assert_close(logits, expected)
+
+
+@torch.no_grad()
+def test_an_attender_begins_anew_with_the_same_weights_everywhere():
+    model = make_embedded_upsampler()
+    upsampler_trials.reset_attender(model)
+    guide = torch.randn(1, 28, 3, 3, generator=seeded())
+    weights = add_shared_channels(model.attender.conv(guide), guide).softmax(dim=1)
+    centre = neighborhood_offsets(17).index((0, 0))
+    torch.testing.assert_close(weights[:, centre], torch.full((1, 3, 3), 0.5567), rtol=0, atol=1e-4)
+
+
+def test_trials_train_and_are_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # the other tests keep theirs
+    photographs = make_photographs(tmp_path / "photographs")
+    pipe = UPLiFTSuperResolutionPipeline(make_local_vae(), make_embedded_upsampler())
+    pipe.save_pretrained(tmp_path / "pipe")
+    capsys.readouterr()
+    upsampler_trials.main(
+        [
+            *("--train_data_dir", str(photographs), "--validation_data_dir", str(photographs)),
+            *("--model", str(tmp_path / "pipe"), "--cpu_minutes", "0.05"),
+            *("--trials", "as it is", "Local Attender begun anew", "half of the inputs JPEGs"),
+        ]
+    )
+    _, _, *rows = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line[:1] == "|")
+    before, *trained = rows
+    assert [row[0] for row in trained] == ["as it is", "Local Attender begun anew", "half of the inputs JPEGs"]
+    for row in trained:
+        steps, *psnr, centre = map(float, row[1:])
+        assert steps > 0
+        assert 0 < centre < 1
+        assert all(now > float(then) for now, then in zip(psnr, before[-4:-1], strict=True))

@@ -22,7 +22,7 @@ from uplift_diffusers.training import cli
 from uplift_diffusers.training.checkpoints import list_checkpoints
 from uplift_diffusers.training.logs import Validation
 from uplift_diffusers.training.loop import train
-from uplift_diffusers.training.objective import image_pyramid
+from uplift_diffusers.training.objective import image_pyramid, jpeg_compressed
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,35 @@ def test_noise_lands_in_the_starting_latents_and_never_in_targets():
         torch.testing.assert_close(target.latent, clean, rtol=0, atol=1e-6)
     for start, clean in zip(starts, before[1:], strict=True):
         assert 2 < (start - clean).std() < 4
+
+
+def test_compressed_inputs_reach_the_model_and_targets_stay_clean():
+    model = make_model(noise_channels=0).eval()
+    objective = make_objective(model, latent_noise=0.0, pixel_weight=0.0, depths=(1,), jpeg_probability=1.0)
+    images = torch.rand(3, 3, 64, 64)
+    seen = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((args[0], kwargs["image"])), with_kwargs=True
+    )
+    with torch.no_grad():
+        losses = objective(images, generator=seeded())
+        clean, target = image_pyramid(images, 1)[1], SPACE.encode(objective.vae, images)
+        (latents, image), *_ = seen
+        step = model(latents, image=image, num_steps=1).sample
+    lost = (image - clean).abs().mean(dim=(1, 2, 3))
+    assert (lost > 1 / 255).all()
+    assert len(lost.unique()) == 3  # qualities are drawn for each
+    torch.testing.assert_close(image * 255, (image * 255).round(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(latents, SPACE.encode(objective.vae, image))
+    torch.testing.assert_close(losses["loss"], (step - target).square().mean())
+
+
+def test_a_share_of_the_inputs_is_compressed_and_the_same_one_by_the_seed():
+    images = torch.rand(200, 3, 16, 16).mul(255).round() / 255
+    first, again = (jpeg_compressed(images, probability=0.3, generator=seeded()) for _ in range(2))
+    assert torch.equal(first, again)
+    changed = (first != images).flatten(1).any(dim=1)
+    assert 0.2 < changed.float().mean() < 0.4
 
 
 def test_the_encoder_and_the_vae_see_each_image_size_once_a_step():

@@ -87,6 +87,19 @@ def test_bad_flags_end_with_one_sentence(flags, message, capsys):
     assert message in error_of([*REQUIRED, *flags], capsys)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--latent_noise", "-1"], "`latent_noise` must be at least 0, got -1.0"),
+        (["--jpeg_probability", "1.5"], "`jpeg_probability` must be in [0, 1], got 1.5"),
+        (["--jpeg_probability", "nan"], "`jpeg_probability` must be in [0, 1], got nan"),
+        (["--depths", "1", "1"], "`depths` must be different whole numbers of at least 1, got (1, 1)"),
+    ],
+)
+def test_bad_flags_of_an_upsampler_end_with_one_sentence(flags, message, capsys):
+    assert message in error_of([*REQUIRED, *flags], capsys, UpsamplerTrainingConfig)
+
+
 def test_epochs_drop_default_steps_and_steps_override_epochs():
     epochs = parse_config(AutoencoderTrainingConfig, [*REQUIRED, "--num_train_epochs", "3"])
     assert (epochs.max_train_steps, epochs.num_train_epochs) == (None, 3)

@@ -71,6 +71,7 @@ def _make_upsampler(
         depths=config.depths,
         latent_noise=config.latent_noise,
         pixel_weight=config.pixel_weight,
+        jpeg_probability=config.jpeg_probability,
         cache=cache,
     )
 

@@ -1,12 +1,19 @@
 """Multi-depth self-supervised reconstruction: every 2x step against the latents of the image at that size."""
 
+import io
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from uplift_diffusers.data.latent_cache import LatentCache
 from uplift_diffusers.latent_space import Autoencoder, LatentSpace
 from uplift_diffusers.models.uplift import UPLiFTModel
+
+JPEG_QUALITIES = (40, 95)
+"""Pillow's quality of compressed starting images: what is found on the web, from poor to hardly visible."""
 
 
 class MultiDepthObjective(nn.Module):
@@ -24,6 +31,8 @@ class MultiDepthObjective(nn.Module):
         depths: see above.
         latent_noise: standard deviation of the noise added to the starting latents, raw units. Targets stay clean.
         pixel_weight: weight of the loss in decoded pixels, for a VAE that is cheap to decode.
+        jpeg_probability: share of the starting images that are compressed, so that the model learns to take the
+            traces of it away. Targets stay clean.
         cache: of that VAE's latents.
     Source: Walmer et al. 2026, section 3.3, equations for L_simple and L_d.
     """
@@ -37,6 +46,7 @@ class MultiDepthObjective(nn.Module):
         depths: tuple[int, ...],
         latent_noise: float,
         pixel_weight: float = 0.0,
+        jpeg_probability: float = 0.0,
         cache: LatentCache | None = None,
     ):
         super().__init__()
@@ -46,6 +56,7 @@ class MultiDepthObjective(nn.Module):
         self.depths = depths
         self.latent_noise = latent_noise
         self.pixel_weight = pixel_weight
+        self.jpeg_probability = jpeg_probability
         self.cache = cache
 
     def forward(self, images: torch.Tensor, *, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -61,11 +72,13 @@ class MultiDepthObjective(nn.Module):
         decoded_depth = self.depths[drawn] if self.pixel_weight else None
         losses = {}
         for depth in self.depths:
-            noise = torch.randn(targets[depth].shape, generator=generator).to(targets[depth])
-            start = targets[depth] + self.latent_noise * noise
-            steps = self.model(
-                start, image=pyramid[depth], num_steps=depth, generator=generator, return_steps=True
-            ).steps
+            image, start = pyramid[depth], targets[depth]
+            if self.jpeg_probability:
+                image = jpeg_compressed(image, probability=self.jpeg_probability, generator=generator)
+                start = encode_pyramid(self.vae, self.space, [image])[0]
+            noise = torch.randn(start.shape, generator=generator).to(start)
+            start = start + self.latent_noise * noise
+            steps = self.model(start, image=image, num_steps=depth, generator=generator, return_steps=True).steps
             losses[f"loss_d{depth}"] = sum(
                 F.mse_loss(step.float(), targets[depth - 1 - index]) for index, step in enumerate(steps)
             )
@@ -99,3 +112,23 @@ def image_pyramid(images: torch.Tensor, depth: int) -> list[torch.Tensor]:
         reduced = F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True)
         pyramid.append((reduced * 255).round().clamp(0, 255) / 255)
     return pyramid
+
+
+def jpeg_compressed(images: torch.Tensor, *, probability: float, generator: torch.Generator) -> torch.Tensor:
+    """(B, 3, H, W) in [0, 1], each with `probability` as a JPEG of one of `JPEG_QUALITIES` shows it, drawn evenly."""
+    draws = torch.rand(len(images), generator=generator)
+    low, high = JPEG_QUALITIES
+    qualities = torch.randint(low, high + 1, (len(images),), generator=generator)
+    result = images.clone()
+    for index in (draws < probability).nonzero().flatten().tolist():
+        result[index] = through_jpeg(images[index], quality=int(qualities[index]))
+    return result
+
+
+def through_jpeg(image: torch.Tensor, *, quality: int) -> torch.Tensor:
+    """(3, H, W) in [0, 1] -> the same as Pillow reads it back from a JPEG."""
+    file = io.BytesIO()
+    pixels = (image * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+    with Image.open(file) as compressed:
+        return torch.from_numpy(np.array(compressed)).permute(2, 0, 1).to(image) / 255

@@ -67,12 +67,15 @@ class UpsamplerTrainingConfig(LatentTrainingConfig):
     depths: tuple[int, ...] = option((1, 2, 3, 4), "Depths d: from 1/2^d of the resolution in d steps of 2x.")
     latent_noise: float = option(1.0, "Deviation of the noise added to the starting latents, in raw units.")
     pixel_weight: float = option(0.0, "Weight of the L1 loss between a decoded last step and the image.")
+    jpeg_probability: float = option(0.0, "Share of the starting images that are JPEG-compressed; targets stay clean.")
 
     def __post_init__(self):
         super().__post_init__()
         for name in ("latent_noise", "pixel_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
+        if not 0 <= self.jpeg_probability <= 1:
+            raise ValueError(f"`jpeg_probability` must be in [0, 1], got {self.jpeg_probability}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ Arguments of UNet2DModel by size.
 `published`: the network of CFM's authors: width 128 times 1, 2, 4, 8, three blocks a level. 306 M parameters there and
 331 M here for 4 latent channels, because diffusers' attentions are as wide as their input, not 4 heads of 64.
 `same-parameters`: as many as the embedded bundle's upsampler has, 3.6 M for its 40 latent channels.
-`same-time`: a step of training takes about as long as one of the embedded bundle's upsampler, 1.0 s against 1.3 s of
+`same-time`: a step of training takes about as long as one of the embedded bundle's upsampler, 1.0 s against 1.4 s of
 one CPU core in the embedded recipe, so that in the same time it sees a few more photographs: 23.7 M. The small
 networks have three levels, for crops are small, and are wide at the top, for there are 80 input channels.
 """
