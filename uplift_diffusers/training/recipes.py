@@ -47,7 +47,7 @@ class EmbeddedDefaults(LatentTrainingConfig):
     random_crop: bool = option(True)
     max_reduction: float = option(2.0)
     train_batch_size: int = option(4)
-    max_train_steps: int | None = option(2_400)
+    max_train_steps: int | None = option(6_000)
     num_train_epochs: int | None = option(None)
     learning_rate: float = option(7e-4)
     mixed_precision: str = option("bf16")
