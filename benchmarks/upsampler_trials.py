@@ -28,14 +28,15 @@ from uplift_diffusers.functional import neighborhood_offsets
 from uplift_diffusers.latent_space import Autoencoder, LatentSpace
 from uplift_diffusers.models.blocks import add_shared_channels
 from uplift_diffusers.training.objective import MultiDepthObjective, through_jpeg
+from uplift_diffusers.training.recipes import EmbeddedTrainingConfig
 from uplift_diffusers.training.validation import UpsamplerValidation
 
-CROP = Crop(resolution=192, max_reduction=2.0)
-OBJECTIVE = {"depths": (1,), "latent_noise": 0.02, "pixel_weight": 10.0}
+RECIPE = EmbeddedTrainingConfig
+CROP = Crop(resolution=RECIPE.resolution, max_reduction=RECIPE.max_reduction)
+OBJECTIVE = {"depths": (1,), "latent_noise": RECIPE.latent_noise, "pixel_weight": RECIPE.pixel_weight}
 WARM_UP = 0.03
 """Part of the time over which the learning rate rises."""
 
-MAX_GRAD_NORM = 1.0
 QUALITY = 75
 """Of the JPEGs in validation: Pillow's default."""
 
@@ -61,7 +62,7 @@ class Trial:
 
     model: dict = field(default_factory=dict)
     objective: dict = field(default_factory=dict)
-    batch: int = 4
+    batch: int = RECIPE.train_batch_size
     learning_rate: float = 5e-4
     new_attender: bool = False
 
@@ -77,7 +78,7 @@ TRIALS = {
     "Local Attender begun anew": Trial(new_attender=True),
     "4 noise channels, not none": Trial(model={"noise_channels": 4}),
     "no term in decoded pixels": Trial(objective={"pixel_weight": 0.0}),
-    "4 times its weight": Trial(objective={"pixel_weight": 40.0}),
+    "4 times its weight": Trial(objective={"pixel_weight": 4 * RECIPE.pixel_weight}),
     "1 image a step, not 4, Adam 3e-4": Trial(batch=1, learning_rate=3e-4),
     "half of the inputs JPEGs": Trial(objective={"jpeg_probability": 0.5}),
 }
@@ -153,7 +154,7 @@ def train(
         with torch.autocast("cpu", torch.bfloat16):
             loss = objective(images, generator=generator)["loss"]
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), RECIPE.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         steps += 1
@@ -168,32 +169,33 @@ class Measurement:
 
     def __init__(self, folder: str, vae: Autoencoder, space: LatentSpace):
         self.vae, self.space = vae, space
-        self.clean = UpsamplerValidation(self._upsample, vae, space, folder)
-        self.compressed = UpsamplerValidation(self._upsample_jpeg, vae, space, folder)
+        self.validation = UpsamplerValidation(self._upsample, vae, space, folder)
 
     def __call__(self, model: UPLiFTModel) -> list[float]:
         self.model = model.eval()
         with torch.autocast("cpu", torch.bfloat16):
-            clean, compressed = self.clean().figures, self.compressed().figures
+            clean, compressed = (self._figures(compresses=compresses) for compresses in (False, True))
         return [clean["val_psnr_2x"], clean["val_psnr_4x"], compressed["val_psnr_2x"], self._centre_weight()]
+
+    def _figures(self, *, compresses: bool) -> dict[str, float]:
+        self.compresses = compresses
+        return self.validation().figures
+
+    def _upsample(self, image: torch.Tensor, depth: int, generator: torch.Generator) -> torch.Tensor:
+        if self.compresses:
+            image = torch.stack([through_jpeg(picture, quality=QUALITY) for picture in image])
+        latents = self.space.encode(self.vae, image)
+        return self.model(latents, image=image, num_steps=depth, generator=generator).sample
 
     @torch.no_grad()
     def _centre_weight(self) -> float:
         attender, guides = self.model.attender, []
         hook = attender.register_forward_hook(lambda module, inputs, output: guides.append(inputs[0]))
-        pyramid, latents = self.clean.batches[0]
+        pyramid, latents = self.validation.batches[0]
         self.model(latents[1], image=pyramid[1], num_steps=1, generator=torch.Generator().manual_seed(0))
         hook.remove()
         weights = add_shared_channels(attender.conv(guides[0]), guides[0]).softmax(dim=1)
         return weights[:, neighborhood_offsets(attender.neighborhood).index((0, 0))].mean().item()
-
-    def _upsample(self, image: torch.Tensor, depth: int, generator: torch.Generator) -> torch.Tensor:
-        latents = self.space.encode(self.vae, image)
-        return self.model(latents, image=image, num_steps=depth, generator=generator).sample
-
-    def _upsample_jpeg(self, image: torch.Tensor, depth: int, generator: torch.Generator) -> torch.Tensor:
-        compressed = torch.stack([through_jpeg(picture, quality=QUALITY) for picture in image])
-        return self._upsample(compressed, depth, generator)
 
 
 def main(arguments: list[str] | None = None) -> None:
