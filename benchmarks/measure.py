@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from uplift_diffusers.hardware import device_name
+from uplift_diffusers.runtime import device_name
 
 Result = TypeVar("Result")
 

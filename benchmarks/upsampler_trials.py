@@ -24,9 +24,9 @@ from benchmarks.measure import environment
 from uplift_diffusers import UPLiFTModel, UPLiFTSuperResolutionPipeline, embedded_bundle
 from uplift_diffusers.data.photographs import Crop, EpochSampler, Photographs
 from uplift_diffusers.data.sources import FolderSource
-from uplift_diffusers.functional import neighborhood_offsets
 from uplift_diffusers.latent_space import Autoencoder, LatentSpace
 from uplift_diffusers.models.blocks import add_shared_channels
+from uplift_diffusers.models.local_attention import neighborhood_offsets
 from uplift_diffusers.training.objective import MultiDepthObjective, through_jpeg
 from uplift_diffusers.training.recipes import EmbeddedTrainingConfig
 from uplift_diffusers.training.validation import UpsamplerValidation

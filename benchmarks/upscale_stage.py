@@ -28,9 +28,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from benchmarks.measure import in_fresh_process, peak_resident_bytes
 from uplift_diffusers import LatentSpace, UPLiFTModel, __version__
-from uplift_diffusers.hardware import device_name
+from uplift_diffusers.pipelines.upscale_stage import decode_to_scale, upscale_raw_latents
+from uplift_diffusers.runtime import device_name
 from uplift_diffusers.scale import num_steps_for_scale
-from uplift_diffusers.upscale_stage import decode_to_scale, upscale_raw_latents
 
 TINY = {
     "vae": {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1},

@@ -14,9 +14,9 @@ from tests.components import make_local_vae, make_vae, seeded, smooth_images
 from tests.reference_weights import REFERENCE, reference_state_dict
 from tests.training_runs import make_photographs
 from uplift_diffusers import UPLiFTModel, UPLiFTSuperResolutionPipeline
-from uplift_diffusers.functional import neighborhood_offsets
 from uplift_diffusers.models.blocks import add_shared_channels
 from uplift_diffusers.models.conversion import convert_state_dict
+from uplift_diffusers.models.local_attention import neighborhood_offsets
 
 SMALL = {"encoder_channels": (6, 10, 20), "channels": 20, "refiner_blocks": 3}
 

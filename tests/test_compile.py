@@ -5,7 +5,7 @@ import torch
 
 from tests.components import seeded
 from uplift_diffusers import UPLiFTModel
-from uplift_diffusers.upscale_stage import upscale_raw_latents
+from uplift_diffusers.pipelines.upscale_stage import upscale_raw_latents
 
 
 @pytest.fixture

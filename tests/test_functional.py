@@ -2,7 +2,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from uplift_diffusers.functional import NEIGHBORHOODS, local_attention, neighborhood_offsets, resample_nearest
+from uplift_diffusers.models.local_attention import (
+    NEIGHBORHOODS,
+    local_attention,
+    neighborhood_offsets,
+    resample_nearest,
+)
 
 
 def attention_position_by_position(logits, values, neighborhood):

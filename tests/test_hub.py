@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tests.hub_server import HubServer
 from tests.reference_weights import REFERENCE, reference_state_dict
 from uplift_diffusers.models.conversion import load_safetensors
-from uplift_diffusers.models.uplift import UPLiFTModel
+from uplift_diffusers.models.upsampler import UPLiFTModel
 
 DINOV2, DINOV3 = "UPLiFT-upsampler/uplift_dinov2-s14", "UPLiFT-upsampler/uplift_dinov3-splus16"
 SD15 = "UPLiFT-upsampler/uplift_sd1.5vae"
@@ -136,7 +136,7 @@ import json, sys
 import torch
 from safetensors.torch import load_file
 from tests.reference_weights import REFERENCE
-from uplift_diffusers.models.uplift import UPLiFTModel
+from uplift_diffusers.models.upsampler import UPLiFTModel
 
 golden = load_file(REFERENCE / "golden.safetensors")
 model = UPLiFTModel.from_pretrained(sys.argv[1])

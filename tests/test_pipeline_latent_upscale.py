@@ -9,7 +9,7 @@ from PIL import Image
 from tests import components
 from tests.components import VAES, count_calls, random_latents, seeded, smooth_images, state_of
 from uplift_diffusers import LatentSpace, UPLiFTLatentUpscalePipeline, UPLiFTTextToImagePipeline
-from uplift_diffusers.functional import match_channel_statistics
+from uplift_diffusers.models.local_attention import match_channel_statistics
 
 
 def make_pipeline(vae=None):

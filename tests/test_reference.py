@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.reference_weights import REFERENCE, reference_state_dict
-from uplift_diffusers.functional import NEIGHBORHOODS, neighborhood_offsets
 from uplift_diffusers.models.conversion import VARIANTS, check_state_dict, convert_state_dict
-from uplift_diffusers.models.uplift import LocalAttender, UPLiFTModel
+from uplift_diffusers.models.local_attention import NEIGHBORHOODS, neighborhood_offsets
+from uplift_diffusers.models.upsampler import LocalAttender, UPLiFTModel
 
 CASES = json.loads((REFERENCE / "golden.json").read_text())
 SD15_CASES = [case for case in CASES if case.startswith("sd15.")]

@@ -7,8 +7,8 @@ from PIL import Image
 
 from uplift_diffusers import AutoencoderLocal, UPLiFTModel, UPLiFTSuperResolutionPipeline
 from uplift_diffusers.images import Picture, resize
+from uplift_diffusers.pipelines.upscale_stage import decode_strips_to_scale
 from uplift_diffusers.scale import num_steps_for_scale, scaled_size
-from uplift_diffusers.upscale_stage import decode_strips_to_scale
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from uplift_diffusers import AutoencoderLocal, UPLiFTModel
-from uplift_diffusers.functional import interpolate_window_2x
+from uplift_diffusers.models.local_attention import interpolate_window_2x
 from uplift_diffusers.models.window import Span, Window
 from uplift_diffusers.tiling import decode_strips, decode_tiled, encode_tiled, upsample_tiled
 
@@ -143,7 +143,7 @@ def test_the_encoder_gives_the_same_in_bands(monkeypatch, family, num_steps):
     outputs, calls, counts = [], [], []
     model.encoder.blocks[-1].register_forward_hook(lambda *_: calls.append(1))
     for band in (2**16, 20):
-        monkeypatch.setattr("uplift_diffusers.models.uplift.ENCODER_BAND", band)
+        monkeypatch.setattr("uplift_diffusers.models.upsampler.ENCODER_BAND", band)
         outputs.append(model(latents, image=image, num_steps=num_steps, generator=seeds(0)[0]).sample)
         counts.append(len(calls))
     assert counts[1] > 2 * counts[0]

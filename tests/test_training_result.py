@@ -11,7 +11,7 @@ from tests.training_runs import logged, make_config, make_photographs, make_vae
 from uplift_diffusers import LatentSpace, UPLiFTModel
 from uplift_diffusers.data.photographs import Crop, Photographs
 from uplift_diffusers.data.sources import FolderSource
-from uplift_diffusers.hardware import device_name
+from uplift_diffusers.runtime import device_name
 from uplift_diffusers.training import cli, launch, publishing
 from uplift_diffusers.training.launch import make_accelerator
 from uplift_diffusers.training.validation import UpsamplerValidation

@@ -1,40 +1,52 @@
 """uplift-diffusers: make images larger in latent space, with UPLiFT, beside any diffusers pipeline."""
 
 import importlib
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from uplift_diffusers._version import __version__
-from uplift_diffusers.registration import register_with_diffusers
 
-_ROOT = Path(__file__).resolve().parent.parent
-if (_ROOT / "pyproject.toml").is_file() and str(_ROOT) not in __path__:
-    # Used straight from a checkout, pipelines/ stands beside this package rather than inside it.
-    __path__.append(str(_ROOT))
+if TYPE_CHECKING:
+    from uplift_diffusers.embedded import embedded_bundle
+    from uplift_diffusers.latent_space import LatentSpace
+    from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
+    from uplift_diffusers.models.upsampler import UPLiFTModel
+    from uplift_diffusers.pipelines.cfm_latent_upscale import CFMLatentUpscalePipeline
+    from uplift_diffusers.pipelines.latent_upscale import UPLiFTLatentUpscalePipeline
+    from uplift_diffusers.pipelines.modular import UPLiFTLatentUpscaleStep
+    from uplift_diffusers.pipelines.super_resolution import UPLiFTSuperResolutionPipeline
+    from uplift_diffusers.pipelines.text_to_image import UPLiFTTextToImagePipeline
+    from uplift_diffusers.pipelines.text_to_image_xl import UPLiFTTextToImageXLPipeline
 
 _EXPORTS = {
-    "AutoencoderLocal": "uplift_diffusers.models.autoencoder",
+    "AutoencoderLocal": "uplift_diffusers.models.autoencoder_local",
     "CFMLatentUpscalePipeline": "uplift_diffusers.pipelines.cfm_latent_upscale",
     "LatentSpace": "uplift_diffusers.latent_space",
     "UPLiFTLatentUpscalePipeline": "uplift_diffusers.pipelines.latent_upscale",
-    "UPLiFTLatentUpscaleStep": "uplift_diffusers.modular",
-    "UPLiFTModel": "uplift_diffusers.models.uplift",
+    "UPLiFTLatentUpscaleStep": "uplift_diffusers.pipelines.modular",
+    "UPLiFTModel": "uplift_diffusers.models.upsampler",
     "UPLiFTSuperResolutionPipeline": "uplift_diffusers.pipelines.super_resolution",
     "UPLiFTTextToImagePipeline": "uplift_diffusers.pipelines.text_to_image",
     "UPLiFTTextToImageXLPipeline": "uplift_diffusers.pipelines.text_to_image_xl",
     "embedded_bundle": "uplift_diffusers.embedded",
 }
 
-__all__ = ["__version__", *_EXPORTS]
-
-register_with_diffusers(
-    __name__,
-    pipelines=tuple(name for name in _EXPORTS if name.endswith("Pipeline")),
-    models=("AutoencoderLocal", "UPLiFTModel"),
-)
+__all__ = [
+    "AutoencoderLocal",
+    "CFMLatentUpscalePipeline",
+    "LatentSpace",
+    "UPLiFTLatentUpscalePipeline",
+    "UPLiFTLatentUpscaleStep",
+    "UPLiFTModel",
+    "UPLiFTSuperResolutionPipeline",
+    "UPLiFTTextToImagePipeline",
+    "UPLiFTTextToImageXLPipeline",
+    "__version__",
+    "embedded_bundle",
+]
 
 
 def __getattr__(name: str):
-    """Import public names on first use, so that `import uplift_diffusers` costs nothing."""
+    """Import public names on first use, so that `import uplift_diffusers` is fast."""
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_EXPORTS[name]), name)

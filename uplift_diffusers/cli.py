@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from uplift_diffusers._version import __version__
 from uplift_diffusers.embedded import embedded_bundle
-from uplift_diffusers.processes import local_device_index, process_share, sum_over_processes
+from uplift_diffusers.runtime import local_device_index, process_share, sum_over_processes
 from uplift_diffusers.scale import MAX_SCALE, num_steps_for_scale, scaled_size
 
 # torch, diffusers and Pillow are imported where they are needed: --help and a mistyped flag have to answer at once.
@@ -399,8 +399,8 @@ def load_pipeline(
     from diffusers.utils.logging import disable_progress_bar
     from huggingface_hub.errors import HTTPError  # of the HTTP library, whichever it is
 
-    from uplift_diffusers.latent_space import load_vae
-    from uplift_diffusers.models.uplift import UPLiFTModel
+    from uplift_diffusers.loading import load_vae
+    from uplift_diffusers.models.upsampler import UPLiFTModel
     from uplift_diffusers.pipelines.super_resolution import UPLiFTSuperResolutionPipeline
 
     expected = (OSError, ValueError, TypeError, RuntimeError, ImportError, HTTPError)

@@ -1,15 +1,14 @@
 """What a VAE's latents are, and encoding and decoding through any of diffusers' image autoencoders."""
 
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, AutoModel, ModelMixin
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, ModelMixin
 
-from uplift_diffusers.models.autoencoder import AutoencoderLocal
+from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
 from uplift_diffusers.tiling import decode_strips, decode_tiled, encode_tiled
 
 Autoencoder = AutoencoderKL | AutoencoderTiny | AutoencoderDC | AutoencoderLocal
@@ -245,24 +244,6 @@ def _in_float32(vae: Autoencoder) -> Iterator[None]:
     finally:
         for tensor in halves:
             tensor.data = tensor.data.half()
-
-
-def load_vae(path: str | os.PathLike, *, dtype: torch.dtype = torch.float32) -> Autoencoder:
-    """
-    Load a VAE of any class that `LatentSpace` knows, from a local folder or the hub.
-
-    Args:
-        path: a VAE, or a diffusers pipeline, whose folder `vae` is then loaded.
-        dtype: of the weights.
-    Raises:
-        OSError: there is neither.
-    """
-    try:
-        config, subfolder = AutoencoderLocal.load_config(path), None
-    except OSError:
-        config, subfolder = AutoencoderLocal.load_config(path, subfolder="vae"), "vae"
-    kind = AutoencoderLocal if config.get("_class_name") == AutoencoderLocal.__name__ else AutoModel
-    return kind.from_pretrained(path, subfolder=subfolder, dtype=dtype)
 
 
 def _spatial_factor(vae: Autoencoder) -> int:

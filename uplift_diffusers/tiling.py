@@ -22,8 +22,8 @@ from fractions import Fraction
 
 import torch
 
-from uplift_diffusers.models.autoencoder import AutoencoderLocal
-from uplift_diffusers.models.uplift import Generator, UPLiFTModel
+from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
+from uplift_diffusers.models.upsampler import Generator, UPLiFTModel
 from uplift_diffusers.models.window import Span, Window
 
 

@@ -147,7 +147,7 @@ def compare_methods(
     import torch.nn.functional as F
 
     from uplift_diffusers.images import Picture, assemble_pil, pad_to_multiple, read_pictures, resize
-    from uplift_diffusers.upscale_stage import decode_strips_to_scale, resolve_tile_size
+    from uplift_diffusers.pipelines.upscale_stage import decode_strips_to_scale, resolve_tile_size
 
     job.plan({"Interpolating": 0.4, **{stage: 0.6 * share for stage, share in STAGES.items()}})
     opened = _open(source, scale=scale, max_pixels=max_pixels)

@@ -112,7 +112,7 @@ class Source:
 
     def load(self) -> "UPLiFTTextToImagePipeline":
         """The pipeline, on the CPU. Raises FileNotFoundError where a part is missing, and what the loading raises."""
-        from uplift_diffusers.models.uplift import UPLiFTModel
+        from uplift_diffusers.models.upsampler import UPLiFTModel
         from uplift_diffusers.pipelines.text_to_image import UPLiFTTextToImagePipeline
 
         folder = self.find()

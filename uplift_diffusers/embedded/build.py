@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from uplift_diffusers.models.autoencoder import AutoencoderLocal
-from uplift_diffusers.models.uplift import UPLiFTModel
+from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
+from uplift_diffusers.models.upsampler import UPLiFTModel
 from uplift_diffusers.pipelines.super_resolution import UPLiFTSuperResolutionPipeline
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from uplift_diffusers.data.photographs import Crop, Photographs
 from uplift_diffusers.data.sources import FolderSource
-from uplift_diffusers.models.autoencoder import AutoencoderLocal
+from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
 from uplift_diffusers.training.config import TrainingConfig, option, parse_config
 from uplift_diffusers.training.data import first_crops, open_photographs
 from uplift_diffusers.training.launch import make_accelerator, run_command

@@ -15,7 +15,7 @@ from uplift_diffusers.evaluation.digests import digest
 from uplift_diffusers.evaluation.evaluate import Evaluation
 from uplift_diffusers.evaluation.results import COMPARED, Results, ScaleResults, gap_closed
 from uplift_diffusers.evaluation.statistics import FEW_SAMPLES, KID_SUBSETS, Estimate
-from uplift_diffusers.hardware import device_name
+from uplift_diffusers.runtime import device_name
 
 COLUMNS = {
     "fid": ("FID", "↓", "{:.2f}"),

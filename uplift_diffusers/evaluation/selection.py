@@ -23,7 +23,7 @@ from uplift_diffusers.evaluation.methods import (
 from uplift_diffusers.flow_matching import euler_scheduler
 from uplift_diffusers.image_files import find_image_files
 from uplift_diffusers.latent_space import Autoencoder, LatentSpace
-from uplift_diffusers.models.uplift import UPLiFTModel
+from uplift_diffusers.models.upsampler import UPLiFTModel
 from uplift_diffusers.pipelines.cfm_latent_upscale import CFMLatentUpscalePipeline
 from uplift_diffusers.pipelines.latent_upscale import UPLiFTLatentUpscalePipeline
 from uplift_diffusers.pipelines.super_resolution import UPLiFTSuperResolutionPipeline

@@ -4,7 +4,8 @@ import argparse
 from contextlib import nullcontext
 
 from uplift_diffusers.data.latent_cache import LatentCache
-from uplift_diffusers.latent_space import LatentSpace, load_vae
+from uplift_diffusers.latent_space import LatentSpace
+from uplift_diffusers.loading import load_vae
 from uplift_diffusers.training.config import parse_config, take_config_file
 from uplift_diffusers.training.data import first_crops, open_photographs
 from uplift_diffusers.training.launch import make_accelerator, run_command

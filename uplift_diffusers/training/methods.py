@@ -11,7 +11,7 @@ from torch import nn
 from uplift_diffusers.data.latent_cache import LatentCache
 from uplift_diffusers.flow_matching import euler_scheduler, latent_multiple, name_latents
 from uplift_diffusers.latent_space import Autoencoder, LatentSpace
-from uplift_diffusers.models.uplift import UPLiFTModel
+from uplift_diffusers.models.upsampler import UPLiFTModel
 from uplift_diffusers.pipelines.cfm_latent_upscale import CFMLatentUpscalePipeline
 from uplift_diffusers.training.flow_matching_objective import FlowMatchingObjective
 from uplift_diffusers.training.objective import MultiDepthObjective, image_pyramid

@@ -10,7 +10,7 @@ from torch import nn
 
 from uplift_diffusers.data.latent_cache import LatentCache
 from uplift_diffusers.latent_space import Autoencoder, LatentSpace
-from uplift_diffusers.models.uplift import UPLiFTModel
+from uplift_diffusers.models.upsampler import UPLiFTModel
 
 JPEG_QUALITIES = (40, 95)
 """Pillow's quality of compressed starting images: what is found on the web, from poor to hardly visible."""

@@ -12,7 +12,7 @@ from diffusers import ModelMixin
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 
 from uplift_diffusers._version import __version__
-from uplift_diffusers.hardware import device_name
+from uplift_diffusers.runtime import device_name
 from uplift_diffusers.training.checkpoints import list_checkpoints, read_settings
 from uplift_diffusers.training.config import TrainingConfig
 from uplift_diffusers.training.logs import METRICS, read_metrics

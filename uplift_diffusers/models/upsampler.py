@@ -14,13 +14,6 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub.errors import HTTPError
 from torch import nn
 
-from uplift_diffusers.functional import (
-    NEIGHBORHOODS,
-    interpolate_window_2x,
-    local_attention,
-    neighborhood_offsets,
-    resample_nearest,
-)
 from uplift_diffusers.models.blocks import NORMS, ConvGroup, add_shared_channels, run_trimmed
 from uplift_diffusers.models.conversion import (
     VARIANTS,
@@ -31,6 +24,13 @@ from uplift_diffusers.models.conversion import (
 )
 from uplift_diffusers.models.hub import CheckpointSource
 from uplift_diffusers.models.image_residual import ImageResidual
+from uplift_diffusers.models.local_attention import (
+    NEIGHBORHOODS,
+    interpolate_window_2x,
+    local_attention,
+    neighborhood_offsets,
+    resample_nearest,
+)
 from uplift_diffusers.models.window import NO_MARGINS, Margins, Span, Window, trim
 
 Generator = torch.Generator | list[torch.Generator] | None

@@ -11,7 +11,7 @@ from diffusers.modular_pipelines import (
     PipelineState,
 )
 
-from uplift_diffusers.models.uplift import UPLiFTModel
+from uplift_diffusers.models.upsampler import UPLiFTModel
 from uplift_diffusers.pipelines.latent_upscale import UPLiFTLatentUpscalePipeline
 
 

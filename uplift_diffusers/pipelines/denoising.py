@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-from uplift_diffusers.upscale_stage import check_fraction
+from uplift_diffusers.pipelines.upscale_stage import check_fraction
 
 
 def count_images(

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import torch
 from diffusers import AutoencoderTiny
 
-from uplift_diffusers.functional import match_channel_statistics
 from uplift_diffusers.images import interpolate
 from uplift_diffusers.latent_space import Autoencoder, LatentSpace
-from uplift_diffusers.models.uplift import Generator, UPLiFTModel
+from uplift_diffusers.models.local_attention import match_channel_statistics
+from uplift_diffusers.models.upsampler import Generator, UPLiFTModel
 from uplift_diffusers.scale import num_steps_for_scale, scaled_size
 from uplift_diffusers.tiling import upsample_tiled
 

@@ -1,1 +1,0 @@
-"""diffusers pipelines; installed as `uplift_diffusers.pipelines`, and usable as custom pipelines file by file."""

@@ -1,0 +1,174 @@
+"""UPLiFTLatentUpscalePipeline: latents or an image in, larger latents or a larger image out."""
+
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+
+from uplift_diffusers.images import ImageInput, read_batch
+from uplift_diffusers.latent_space import LatentSpace
+from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
+from uplift_diffusers.models.upsampler import UPLiFTModel
+from uplift_diffusers.pipelines.upscale_stage import (
+    check_generator,
+    check_request,
+    decode_to_scale,
+    upscale_raw_latents,
+)
+
+
+class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
+    r"""
+    Upscales the latents of any diffusers pipeline, as a stage between its last denoising step and its VAE.
+
+    Args:
+        vae ([`AutoencoderKL`], [`AutoencoderTiny`], [`AutoencoderDC`] or [`AutoencoderLocal`]): encodes and decodes.
+        upsampler ([`UPLiFTModel`]): trained for the VAE's latents.
+        latent_space (`str`, *optional*): declares which latent space the VAE's latents belong to, where its config
+            does not say (see [`LatentSpace`]).
+    Raises:
+        TypeError: a VAE of another kind.
+        ValueError: `upsampler` was trained for other latents than those of `vae`.
+
+    Example:
+        ```py
+        >>> import torch
+        >>> from diffusers import StableDiffusionPipeline
+        >>> from uplift_diffusers import UPLiFTLatentUpscalePipeline, UPLiFTModel
+
+        >>> sd = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+        >>> upsampler = UPLiFTModel.from_pretrained("UPLiFT-upsampler/uplift_sd1.5vae")
+        >>> upscale = UPLiFTLatentUpscalePipeline(vae=sd.vae, upsampler=upsampler)
+
+        >>> latents = sd("a lighthouse on a cliff", output_type="latent").images
+        >>> upscale(latents=latents, scale=2, generator=torch.Generator().manual_seed(0)).images[0].save("large.png")
+        ```
+    """
+
+    model_cpu_offload_seq = "vae->upsampler"
+
+    def __init__(
+        self,
+        vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | AutoencoderLocal,
+        upsampler: UPLiFTModel,
+        latent_space: str | None = None,
+    ):
+        super().__init__()
+        LatentSpace.of(vae, latent_space).check_upsampler(upsampler)
+        self.register_modules(vae=vae, upsampler=upsampler)
+        self.register_to_config(latent_space=latent_space)
+        self.image_processor = VaeImageProcessor(do_normalize=False)
+
+    @property
+    def latent_space(self) -> LatentSpace:
+        """The latent space of the VAE that the pipeline has now."""
+        return LatentSpace.of(self.vae, self.config.latent_space)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        latents: torch.Tensor | None = None,
+        image: ImageInput | None = None,
+        scale: float = 2,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        adain_factor: float = 0.0,
+        tile_size: int | str | None = "auto",
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        Upscale latents.
+
+        Args:
+            latents (`torch.Tensor`, *optional*): (B, C, h, w), scaled, as diffusers' pipelines return them with
+                `output_type="latent"`. Encoded from `image` if not given.
+            image (*optional*): the image of these latents, which guides the upsampling: PIL, array or tensor, or a
+                list of one size, f*h by f*w pixels. Decoded from `latents` if not given.
+            scale (`float`): from 1 to 16; 1, 2, 4, 8 or 16 for `output_type="latent"`. Between powers of two the
+                image is made with the next larger one and reduced.
+            generator: one, or one for each item, which makes an item's result the same alone and in a batch.
+            adain_factor (`float`): from 0 to 1: how far to move mean and standard deviation of every channel of the
+                upscaled latents towards those of the given ones, against a shift of colour or contrast. See
+                [`~uplift_diffusers.models.local_attention.match_channel_statistics`].
+            tile_size (`int`, *optional*): edge in pixels of the tiles of the image that is upsampled, which bounds
+                the memory and does not change the result; `"auto"`, 512 above 768 pixels, or None, no tiles. Of the
+                VAEs only an [`AutoencoderLocal`] decodes in tiles as well: the `vae.enable_tiling()` of others is not
+                exact.
+            output_type (`str`): `"pil"`; `"np"`, float32 (B, H, W, 3) in [0, 1]; `"pt"`, float32 (B, 3, H, W) in
+                [0, 1]; or `"latent"`, the large latents, scaled, in the dtype of `latents` or else of the VAE.
+            return_dict (`bool`): return an [`ImagePipelineOutput`] instead of a tuple.
+        Returns:
+            `.images`, of round(scale * f*h) by round(scale * f*w) pixels, or latents.
+        Raises:
+            TypeError, ValueError: an argument that is not as above, before any work is done.
+        """
+        # 1. Check inputs
+        space, device = self.latent_space, self._execution_device
+        space.check_upsampler(self.upsampler)
+        num_steps = check_request(scale=scale, adain_factor=adain_factor, output_type=output_type, tile_size=tile_size)
+        guide = None if image is None else read_batch(image)
+        self._check_inputs(latents, guide, generator)
+
+        # 2. Complete the pair of latents and guide image
+        if latents is None:
+            guide = guide.to(device)
+            raw_latents = space.encode(self.vae, guide)  # (B, C, h, w)
+        else:
+            raw_latents = space.unscale(latents.to(device, torch.float32))
+            if guide is None and num_steps > 0:
+                guide = space.decode(self.vae, raw_latents)  # (B, 3, f*h, f*w)
+        height, width = raw_latents.shape[2] * space.spatial_factor, raw_latents.shape[3] * space.spatial_factor
+
+        # 3. Upsample
+        raw_latents = upscale_raw_latents(
+            raw_latents,
+            guide=guide,
+            upsampler=self.upsampler,
+            num_steps=num_steps,
+            generator=generator,
+            adain_factor=adain_factor,
+            tile_size=tile_size,
+        )  # (B, C, 2**n * h, 2**n * w)
+
+        # 4. Decode
+        if output_type == "latent":
+            images = space.scale(raw_latents).to(self.vae.dtype if latents is None else latents.dtype)
+        else:
+            images = decode_to_scale(
+                raw_latents,
+                space=space,
+                vae=self.vae,
+                size=(height, width),
+                num_steps=num_steps,
+                scale=scale,
+                tile_size=tile_size,
+            )
+            images = self.image_processor.postprocess(images, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check_inputs(
+        self,
+        latents: torch.Tensor | None,
+        guide: torch.Tensor | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> None:
+        space = self.latent_space
+        factor = space.spatial_factor
+        if latents is None and guide is None:
+            raise ValueError("Either `latents` or `image` must be given, got neither.")
+        if latents is not None:
+            space.check_latents(latents)
+        if guide is not None:
+            size = tuple(guide.shape[2:])
+            if latents is None and (size[0] % factor or size[1] % factor):
+                raise ValueError(
+                    f"`image` must have a height and width that are multiples of {factor}, got {size}. "
+                    "UPLiFTSuperResolutionPipeline takes any size."
+                )
+            expected = None if latents is None else (latents.shape[2] * factor, latents.shape[3] * factor)
+            if expected is not None and (size != expected or len(guide) != len(latents)):
+                raise ValueError(
+                    f"`image` must be {len(latents)} images of {expected} (height, width) pixels for `latents` of "
+                    f"{tuple(latents.shape)}, got {len(guide)} of {size}."
+                )
+        check_generator(generator, len(guide if latents is None else latents))

@@ -1,0 +1,168 @@
+"""UPLiFTSuperResolutionPipeline: an image in, a larger image out."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ImagePipelineOutput
+
+from uplift_diffusers.images import ImageInput, Picture, assemble_pil, pad_to_multiple, read_pictures
+from uplift_diffusers.latent_space import LatentSpace
+from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
+from uplift_diffusers.models.upsampler import UPLiFTModel
+from uplift_diffusers.pipelines.upscale_stage import (
+    TileSize,
+    check_generator,
+    check_tile_size,
+    decode_strips_to_scale,
+    resolve_tile_size,
+    upscale_raw_latents,
+)
+from uplift_diffusers.scale import num_steps_for_scale, scaled_size
+
+
+class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
+    r"""
+    Makes images larger: encode, upsample the latents 2x a step under the image's guidance, decode.
+
+    Args:
+        vae ([`AutoencoderKL`], [`AutoencoderTiny`], [`AutoencoderDC`] or [`AutoencoderLocal`]): encodes and decodes.
+        upsampler ([`UPLiFTModel`]): trained for the VAE's latents.
+        latent_space (`str`, *optional*): declares which latent space the VAE's latents belong to, where its config
+            does not say (see [`LatentSpace`]).
+    Raises:
+        TypeError: a VAE of another kind.
+        ValueError: `upsampler` was trained for other latents than those of `vae`.
+
+    Example:
+        ```py
+        >>> from uplift_diffusers import UPLiFTSuperResolutionPipeline, embedded_bundle
+        >>> from PIL import Image
+
+        >>> pipe = UPLiFTSuperResolutionPipeline.from_pretrained(embedded_bundle())
+        >>> pipe(image=Image.open("photo.jpg"), scale=4).images[0].save("larger.png")
+        ```
+    """
+
+    model_cpu_offload_seq = "vae->upsampler"
+
+    def __init__(
+        self,
+        vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | AutoencoderLocal,
+        upsampler: UPLiFTModel,
+        latent_space: str | None = None,
+    ):
+        super().__init__()
+        LatentSpace.of(vae, latent_space).check_upsampler(upsampler)
+        self.register_modules(vae=vae, upsampler=upsampler)
+        self.register_to_config(latent_space=latent_space)
+
+    @property
+    def latent_space(self) -> LatentSpace:
+        """The latent space of the VAE that the pipeline has now."""
+        return LatentSpace.of(self.vae, self.config.latent_space)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: ImageInput,
+        scale: float = 2,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        tile_size: int | str | None = "auto",
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        Enlarge one image or several, of any width and height.
+
+        Args:
+            image: a PIL image of any mode, an array (H, W[, C]) or (B, H, W, C), a tensor ([B,] C, H, W), or a list
+                of these, of different sizes if need be. Floats are in [0, 1]. Alpha is kept.
+            scale (`float`): from 1 to 16. Between powers of two the image is made with the next larger one and
+                reduced; at 1 it is returned as it is.
+            generator: one, drawn from image after image, or one for each image, which makes an image's result the
+                same alone and in a list.
+            tile_size (`int`, *optional*): edge in pixels of the tiles that the image is enlarged in, which bounds the
+                memory and does not change the result; `"auto"`, 512 above 768 pixels, or None, no tiles. An
+                [`AutoencoderLocal`] encodes and decodes in tiles as well. Other VAEs see the whole picture: their own
+                `vae.enable_tiling()` is not exact.
+            output_type (`str`): `"pil"`; `"np"`, float32 (B, H, W, C) in [0, 1]; or `"pt"`, float32 (B, C, H, W) in
+                [0, 1]. Images of different sizes come as a list of arrays or tensors.
+            return_dict (`bool`): return an [`ImagePipelineOutput`] instead of a tuple.
+        Returns:
+            `.images`, each of exactly round(scale * height) by round(scale * width) pixels. PIL images come back in
+            the mode they were given in where it is greyscale, RGB, with alpha or not, or 16-bit greyscale.
+        Raises:
+            TypeError, ValueError: an argument that is not as above, before any work is done.
+        """
+        # 1. Check inputs
+        self.latent_space.check_upsampler(self.upsampler)
+        num_steps = num_steps_for_scale(scale)
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"`output_type` must be 'pil', 'np' or 'pt', got {output_type!r}.")
+        check_tile_size(tile_size)
+        pictures = read_pictures(image)
+        check_generator(generator, len(pictures), noun="images")
+        generators = generator if isinstance(generator, list) else [generator] * len(pictures)
+
+        # 2. Enlarge, one picture at a time: sizes differ, and a picture's result must not depend on its neighbours
+        images = []
+        with self.progress_bar(total=len(pictures)) as progress:
+            for picture, picture_generator in zip(pictures, generators, strict=True):
+                strips, alpha = [picture.color], picture.alpha
+                size = scaled_size((picture.height, picture.width), scale)
+                if scale != 1:
+                    strips = self._enlarge(
+                        picture, scale=scale, num_steps=num_steps, generator=picture_generator, tile_size=tile_size
+                    )
+                    if alpha is not None:
+                        alpha = F.interpolate(alpha[None], size=size, mode="bicubic").clamp_(0, 1)[0]
+                if output_type == "pil":
+                    images.append(assemble_pil(strips, size, alpha=alpha, mode=picture.mode))
+                else:
+                    images.append(Picture(torch.cat(list(strips), dim=1), alpha).to_tensor())
+                progress.update()
+        self.maybe_free_model_hooks()
+
+        # 3. Hand back in the form that was asked for
+        if output_type == "np":
+            images = [tensor.permute(1, 2, 0).numpy() for tensor in images]
+        if output_type != "pil" and len({image.shape for image in images}) == 1:
+            images = (np if output_type == "np" else torch).stack(images)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _enlarge(
+        self,
+        picture: Picture,
+        *,
+        scale: float,
+        num_steps: int,
+        generator: torch.Generator | None,
+        tile_size: TileSize,
+    ) -> Iterator[torch.Tensor]:
+        """The enlarged colour from top to bottom, in strips (3, rows, round(scale * width)) on the CPU."""
+        device, space = self._execution_device, self.latent_space
+        size = (picture.height, picture.width)
+        tile_size = resolve_tile_size(tile_size, size)
+        guide = pad_to_multiple(picture.color[None].to(device), space.spatial_factor)  # (1, 3, f*h, f*w)
+
+        raw_latents = space.encode(self.vae, guide, tile_size=tile_size)  # (1, C, h, w)
+        raw_latents = upscale_raw_latents(
+            raw_latents,
+            guide=guide,
+            upsampler=self.upsampler,
+            num_steps=num_steps,
+            generator=generator,
+            tile_size=tile_size,
+        )  # (1, C, 2**n * h, 2**n * w)
+        strips = decode_strips_to_scale(
+            raw_latents,
+            space=space,
+            vae=self.vae,
+            size=size,
+            num_steps=num_steps,
+            scale=scale,
+            tile_size=tile_size,
+        )  # (1, 3, rows, round(scale * width)) each
+        return (strip[0].cpu() for strip in strips)

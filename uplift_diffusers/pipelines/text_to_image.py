@@ -1,0 +1,291 @@
+"""UPLiFTTextToImagePipeline: a prompt in, Stable Diffusion, the upscale stage, a large image out."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import PipelineImageInput
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput, StableDiffusionSafetyChecker
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+
+from uplift_diffusers.latent_space import LatentSpace
+from uplift_diffusers.models.upsampler import UPLiFTModel
+from uplift_diffusers.pipelines.denoising import (
+    check_refine_strength,
+    check_tensors,
+    count_images,
+    refine,
+    resolve_size,
+)
+from uplift_diffusers.pipelines.upscale_stage import (
+    check_generator,
+    check_guide_vae,
+    check_request,
+    decode_to_scale,
+    upscale_raw_latents,
+)
+
+
+class UPLiFTTextToImagePipeline(StableDiffusionPipeline):
+    r"""
+    [`StableDiffusionPipeline`] with an upscale stage between the last denoising step and the VAE.
+
+    It denoises at the size that the U-Net was trained for, upsamples the latents `scale` times in one forward pass and
+    decodes the large image. Everything else is [`StableDiffusionPipeline`]'s, loaders of LoRA, textual inversion and
+    IP-Adapter included.
+
+    Args:
+        vae ([`AutoencoderKL`] or [`AutoencoderTiny`]): decodes the large image, and the guide without `guide_vae`.
+        text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder,
+            requires_safety_checker: as for [`StableDiffusionPipeline`].
+        upsampler ([`UPLiFTModel`]): trained for the VAE's latents.
+        guide_vae ([`AutoencoderTiny`], *optional*): decodes the small guide image at less cost.
+        latent_space (`str`, *optional*): declares which latent space the VAE's latents belong to, where its config
+            does not say (see [`LatentSpace`]).
+    Raises:
+        TypeError: a VAE of another kind.
+        ValueError: `upsampler` or `guide_vae` is for other latents than those of `vae`.
+
+    Example:
+        ```py
+        >>> import torch
+        >>> from uplift_diffusers import UPLiFTModel, UPLiFTTextToImagePipeline
+
+        >>> upsampler = UPLiFTModel.from_pretrained("UPLiFT-upsampler/uplift_sd1.5vae", dtype=torch.float16)
+        >>> pipe = UPLiFTTextToImagePipeline.from_pretrained(
+        ...     "stable-diffusion-v1-5/stable-diffusion-v1-5", upsampler=upsampler, dtype=torch.float16
+        ... ).to("cuda")
+        >>> image = pipe("a lighthouse on a cliff", scale=2, generator=torch.Generator().manual_seed(0)).images[0]
+        ```
+    """
+
+    model_cpu_offload_seq = "text_encoder->image_encoder->unet->guide_vae->upsampler->vae"
+    _optional_components = [*StableDiffusionPipeline._optional_components, "guide_vae"]  # noqa: RUF012 - a list, as diffusers has it
+
+    def __init__(
+        self,
+        vae: AutoencoderKL | AutoencoderTiny,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        safety_checker: StableDiffusionSafetyChecker,
+        feature_extractor: CLIPImageProcessor,
+        upsampler: UPLiFTModel,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        guide_vae: AutoencoderTiny | None = None,
+        requires_safety_checker: bool = True,
+        latent_space: str | None = None,
+    ):
+        space = LatentSpace.of(vae, latent_space)
+        space.check_upsampler(upsampler)
+        check_guide_vae(space, guide_vae)
+        super().__init__(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            image_encoder=image_encoder,
+            requires_safety_checker=requires_safety_checker,
+        )
+        self.register_modules(upsampler=upsampler, guide_vae=guide_vae)
+        self.register_to_config(latent_space=latent_space)
+
+    @property
+    def latent_space(self) -> LatentSpace:
+        """The latent space of the VAE that the pipeline has now."""
+        return LatentSpace.of(self.vae, self.config.latent_space)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 7.5,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int | None = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        ip_adapter_image: PipelineImageInput | None = None,
+        ip_adapter_image_embeds: list[torch.Tensor] | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        guidance_rescale: float = 0.0,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable[[int, int], None] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - as the class it builds on
+        *,
+        scale: float = 2,
+        refine_strength: float = 0.0,
+        adain_factor: float = 0.0,
+        tile_size: int | str | None = "auto",
+    ) -> StableDiffusionPipelineOutput | tuple:
+        r"""
+        Make an image of a prompt and enlarge it.
+
+        Args:
+            prompt, num_inference_steps, timesteps, sigmas, guidance_scale, negative_prompt, num_images_per_prompt,
+                eta, prompt_embeds, negative_prompt_embeds, ip_adapter_image, ip_adapter_image_embeds,
+                cross_attention_kwargs, guidance_rescale, clip_skip: as for [`StableDiffusionPipeline`].
+            height (`int`, *optional*): of the image that is denoised, in pixels; the result is `scale` times as high.
+            width (`int`, *optional*): likewise. Both default to the size of `latents`, else to the U-Net's own.
+            generator: one, or one for each image, which makes an image the same alone and in a batch. The denoising
+                draws from it first, then the upsampler, then the refinement.
+            latents (`torch.Tensor`, *optional*): (images, C, h, w), the noise to begin with.
+            output_type (`str`): `"pil"`; `"np"`, float32 (B, H, W, 3) in [0, 1]; `"pt"`, float32 (B, 3, H, W) in
+                [0, 1]; or `"latent"`, the large latents, scaled.
+            return_dict (`bool`): return a [`StableDiffusionPipelineOutput`] instead of a tuple.
+            callback_on_step_end: called after each step of the denoising, and of the refinement, whose steps count
+                from 0 again and whose pipeline is the [`StableDiffusionImg2ImgPipeline`] that makes them. An
+                interrupted call upscales what there is and refines nothing.
+            callback_on_step_end_tensor_inputs (`list[str]`): names of the tensors that the callback is given.
+            scale (`float`): from 1 to 16; 1, 2, 4, 8 or 16 for `output_type="latent"`. Between powers of two the image
+                is made with the next larger one and reduced.
+            refine_strength (`float`): from 0 to 1. Above 0 the upscaled latents are noised again and denoised by this
+                last share of the schedule, at the large size, on the same U-Net, with everything that conditioned the
+                first denoising except `guidance_rescale`.
+            adain_factor (`float`): from 0 to 1: how far to move mean and standard deviation of every channel of the
+                upscaled latents towards those of the denoised ones, against a shift of colour or contrast. See
+                [`~uplift_diffusers.models.local_attention.match_channel_statistics`].
+            tile_size (`int`, *optional*): edge in pixels of the tiles of the denoised image that are upsampled, which
+                bounds the memory and does not change the result; `"auto"`, 512 above 768 pixels, or None, no tiles.
+        Returns:
+            `.images`, of round(scale * height) by round(scale * width) pixels, or latents, and
+            `.nsfw_content_detected`, what the safety checker says of each large image.
+        Raises:
+            TypeError, ValueError: an argument that is not as above, before the denoising begins.
+        """
+        # 1. Check inputs
+        space = self.latent_space
+        space.check_upsampler(self.upsampler)
+        check_guide_vae(space, self.guide_vae)
+        num_steps = check_request(scale=scale, adain_factor=adain_factor, output_type=output_type, tile_size=tile_size)
+        count = count_images(prompt, prompt_embeds, num_images_per_prompt)
+        check_generator(generator, count, noun="images")
+        factor = space.spatial_factor
+        size = resolve_size(height, width, latents=latents, unet=self.unet, spatial_factor=factor)
+        check_tensors(
+            unet=self.unet,
+            count=count,
+            size=size,
+            spatial_factor=factor,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+        )
+        num_denoising_steps = len(timesteps or sigmas or []) or num_inference_steps
+        check_refine_strength(refine_strength, num_inference_steps=num_denoising_steps, channels=space.channels)
+
+        # 2. Denoise
+        conditioning = {
+            "prompt": prompt,
+            "num_inference_steps": num_inference_steps,
+            "timesteps": timesteps,
+            "sigmas": sigmas,
+            "guidance_scale": guidance_scale,
+            "negative_prompt": negative_prompt,
+            "num_images_per_prompt": num_images_per_prompt,
+            "eta": eta,
+            "generator": generator,
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "ip_adapter_image": ip_adapter_image,
+            "ip_adapter_image_embeds": ip_adapter_image_embeds,
+            "cross_attention_kwargs": cross_attention_kwargs,
+            "clip_skip": clip_skip,
+            "callback_on_step_end": callback_on_step_end,
+            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
+        }
+        latents = (
+            super()
+            .__call__(
+                height=size[0],
+                width=size[1],
+                latents=latents,
+                guidance_rescale=guidance_rescale,
+                output_type="latent",
+                **conditioning,
+            )
+            .images
+        )  # (B, C, h, w)
+
+        # 3. Upsample
+        space.check_latents(latents)
+        raw_latents = space.unscale(latents.float())
+        guide = space.decode(self.guide_vae or self.vae, raw_latents) if num_steps > 0 else None  # (B, 3, f*h, f*w)
+        raw_latents = upscale_raw_latents(
+            raw_latents,
+            guide=guide,
+            upsampler=self.upsampler,
+            num_steps=num_steps,
+            generator=generator,
+            adain_factor=adain_factor,
+            tile_size=tile_size,
+        )  # (B, C, 2**n * h, 2**n * w)
+
+        # 4. Refine
+        if refine_strength and not self.interrupt:
+            latents = refine(
+                space.scale(raw_latents),
+                pipeline=self,
+                refiner=self._refiner(),
+                strength=refine_strength,
+                **conditioning,
+            )
+            raw_latents = space.unscale(latents.float())
+
+        # 5. Decode
+        if output_type == "latent":
+            images, has_nsfw_concept = space.scale(raw_latents).to(latents.dtype), None
+        else:
+            images = decode_to_scale(
+                raw_latents,
+                space=space,
+                vae=self.vae,
+                size=size,
+                num_steps=num_steps,
+                scale=scale,
+                tile_size=tile_size,
+            )
+            # The safety checker and the image processor of the class want [-1, 1].
+            images, has_nsfw_concept = self.run_safety_checker(images * 2 - 1, self._execution_device, self.unet.dtype)
+            do_denormalize = [not has_nsfw for has_nsfw in has_nsfw_concept or [False] * len(images)]
+            images = self.image_processor.postprocess(images, output_type=output_type, do_denormalize=do_denormalize)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return images, has_nsfw_concept
+        return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=has_nsfw_concept)
+
+    def _refiner(self) -> StableDiffusionImg2ImgPipeline:
+        """Image-to-image with the components that this pipeline has now; it shows no image, so it checks none."""
+        return StableDiffusionImg2ImgPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=self.scheduler,
+            safety_checker=None,
+            feature_extractor=self.feature_extractor,
+            image_encoder=self.image_encoder,
+            requires_safety_checker=False,
+        )
