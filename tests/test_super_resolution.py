@@ -7,6 +7,7 @@ from PIL import Image
 
 from uplift_diffusers import AutoencoderLocal, UPLiFTModel, UPLiFTSuperResolutionPipeline
 from uplift_diffusers.images import Picture, resize
+from uplift_diffusers.latent_space import LatentCodec
 from uplift_diffusers.pipelines.upscale_stage import decode_strips_to_scale
 from uplift_diffusers.scale import num_steps_for_scale, scaled_size
 
@@ -161,12 +162,14 @@ def test_tiles_do_not_change_the_image(pipe):
 
 @pytest.mark.parametrize("scale", [2, 2.6, 3])
 def test_strips_put_together_are_the_image_resized_at_once(pipe, scale):
-    space, size, num_steps = pipe.latent_space, (165, 302), num_steps_for_scale(scale)
+    size, num_steps = (165, 302), num_steps_for_scale(scale)
     latents = torch.randn(1, 48, 21 * 2**num_steps, 38 * 2**num_steps, generator=seeded())
-    settings = {"space": space, "vae": pipe.vae, "size": size, "num_steps": num_steps, "scale": scale}
-    strips = list(decode_strips_to_scale(latents, **settings, tile_size=64))
+    codec = LatentCodec(pipe.vae)
+    codec.vae.enable_tiling(96)
+    strips = list(decode_strips_to_scale(latents, codec=codec, size=size, num_steps=num_steps, scale=scale))
+    codec.vae.enable_tiling()
     assert len(strips) == (4 if scale == 2 else 1)
-    made = space.decode(pipe.vae, latents, tile_size=96)[..., : size[0] * 2**num_steps, : size[1] * 2**num_steps]
+    made = codec.decode(latents)[..., : size[0] * 2**num_steps, : size[1] * 2**num_steps]
     expected = resize(made, scaled_size(size, scale))
     torch.testing.assert_close(torch.cat(strips, dim=2), expected, rtol=0, atol=1e-6)
 
