@@ -7,8 +7,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "uplift_diffusers"
 
 LAYERS = [
     {"_version", "arguments", "runtime"},
-    {"scale", "tiling"},
-    {"images", "image_files", "models"},
+    {"scale"},
+    {"images", "image_files", "models", "tiling"},
     {"latent_space", "feature_space"},
     {"loading", "flow_matching", "cfm"},
     {"pipelines", "data"},

@@ -20,7 +20,6 @@ from uplift_diffusers.pipelines.upscale_stage import (
 )
 
 
-
 class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
     r"""
     Upscales the latents of any diffusers pipeline, as a stage between its last denoising step and its VAE.
