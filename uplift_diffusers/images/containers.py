@@ -13,7 +13,7 @@ _PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 """Of a PNG's colour types."""
 
-_SCAN, _END = 0xDA, 0xD9
+_PROGRESSIVE, _SCAN, _END = 0xC2, 0xDA, 0xD9
 # In the entropy-coded data of a scan, FF 00 is a byte FF and D0 to D7 are restarts; anything else is the next marker.
 _NEXT_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
 
@@ -166,6 +166,34 @@ def _find_end(data: bytes) -> tuple[int, bool]:
             break
         at += struct.unpack_from(">H", data, at)[0]
     return len(data), False
+
+
+def has_all_frequencies(pixels: bytes) -> bool:
+    """
+    Whether a progressive JPEG file that breaks off has something of every frequency of every component, so that no
+    more than the last bits of some are missing.
+
+    Args:
+        pixels: as in [`JpegParts`].
+    """
+    at, num_components, scans = 2, 0, []
+    while found := _NEXT_MARKER.search(pixels, at):
+        marker, at = found[1][0], found.end()
+        if at + 2 > len(pixels):
+            break
+        (length,) = struct.unpack_from(">H", pixels, at)
+        data = pixels[at + 2 : at + length]
+        if marker == _PROGRESSIVE and len(data) > 5:
+            num_components = data[5]
+        elif marker == _SCAN and data and len(data) >= 4 + 2 * data[0]:
+            last_frequency, approximation = data[2 + 2 * data[0]], data[3 + 2 * data[0]]
+            scans.append((set(data[1 : 1 + 2 * data[0] : 2]), last_frequency, approximation >> 4))
+        at += length
+    if not num_components or not scans:
+        return False
+    whole = scans if scans[-1][2] else scans[:-1]  # one that refines leaves what was there before it
+    covered = set().union(*(components for components, last_frequency, _ in whole if last_frequency == 63))
+    return len(covered) == num_components
 
 
 def photoshop_resources(data: bytes) -> dict[int, bytes]:

@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,10 +20,11 @@ from uplift_diffusers.images.containers import (
     PNG_SIGNATURE,
     JpegParts,
     PngParts,
+    has_all_frequencies,
     split_jpeg,
     split_png,
 )
-from uplift_diffusers.images.exif import Exif, read_directories
+from uplift_diffusers.images.exif import ORIENTATION, SHORT, Entry, Exif, read_directories
 from uplift_diffusers.images.metadata import (
     Metadata,
     finish_tiff,
@@ -34,7 +35,14 @@ from uplift_diffusers.images.metadata import (
     read_tiff_metadata,
     save_options,
 )
-from uplift_diffusers.images.modes import MODES, lay_on_white, to_common_mode, to_eight_bits, turn_upright
+from uplift_diffusers.images.modes import (
+    DEEP_GREY_WITH_ALPHA,
+    MODES,
+    lay_on_white,
+    to_common_mode,
+    to_eight_bits,
+    turn_upright,
+)
 from uplift_diffusers.saving import replaced_when_whole
 
 MAX_INPUT_PIXELS = 100_000_000
@@ -78,7 +86,9 @@ _EIGHT_BIT_FORMATS = ("JPEG", "WEBP", "BMP")
 _HEAD_BYTES = 2**20
 _MISSING_ROWS = 32  # of a JPEG whose end is missing: two rows of its blocks, which decoders hold back
 
-_PHOTOMETRIC, _BITS, _SAMPLES, _EXTRA_SAMPLES, _SAMPLE_FORMAT, _PREDICTOR = 262, 258, 277, 338, 339, 317
+# TIFF tags.
+_BITS, _PHOTOMETRIC, _SAMPLES, _PLANES, _PREDICTOR = 258, 262, 277, 284, 317
+_TILE_WIDTH, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 322, 338, 339
 
 
 @dataclass(frozen=True)
@@ -393,9 +403,8 @@ def _read_png(parts: PngParts) -> OpenedImage:
             return _opened(image, metadata, orientation, losses)
         file.load()
         if parts.color_type == 4 and file.mode == "RGBA":  # as Pillow opens 16-bit grey with alpha
-            return _opened(
-                Image.merge("LA", (file.getchannel("R"), file.getchannel("A"))), metadata, orientation, losses
-            )
+            image = Image.merge("LA", (file.getchannel("R"), file.getchannel("A")))
+            return _opened(image, metadata, orientation, (*losses, DEEP_GREY_WITH_ALPHA))
         color_key = None
         if parts.color_type == 0 and len(key) == 2:
             highest = 2**parts.depth - 1
@@ -433,14 +442,17 @@ def _read_jpeg(parts: JpegParts, stream: BinaryIO) -> OpenedImage:
 
 
 def _with_end(pixels: bytes) -> bytes:
-    """A JPEG file without its end marker, with one, if it was only the end that is missing."""
-    # Some bytes of zeros let the decoder finish the last block if it is there.
-    rows = [_decoded_rows(pixels + tail) for tail in (b"\0" * 8, b"\xff\xd9")]
-    missing = int((~rows[0] & rows[1]).sum())
-    if missing > _MISSING_ROWS:
-        share = round(100 * missing / len(rows[0]))
-        raise _Refusal(f"the image is damaged or cut off ({share} % of its rows are missing).")
-    return pixels + b"\xff\xd9"
+    """A JPEG file without its end marker, with one, if hardly anything is missing."""
+    whole = pixels + b"\xff\xd9"
+    if not has_all_frequencies(pixels):
+        # Some bytes of zeros let the decoder finish the last block if it is there.
+        stops, ends = (_decoded_rows(pixels + tail) for tail in (b"\0" * 8, b"\xff\xd9"))
+        missing = int((~stops & ends).sum())
+        if missing > min(_MISSING_ROWS, max(18, len(ends) // 8)):
+            share = round(100 * missing / len(ends))
+            what = f"{share} % of its rows are missing" if share < 100 else "its end is missing"
+            raise _Refusal(f"the image is damaged or cut off ({what}).")
+    return whole
 
 
 def _decoded_rows(pixels: bytes) -> np.ndarray:
@@ -449,8 +461,7 @@ def _decoded_rows(pixels: bytes) -> np.ndarray:
         try:
             file.load()
         except OSError:
-            if file.tile:
-                raise
+            file.tile = []  # the rows that are there stay
         array = np.asarray(file)
     return array.reshape(len(array), -1).any(axis=1)
 
@@ -459,6 +470,8 @@ def _read_tiff(stream: BinaryIO) -> OpenedImage:
     first, second = _tiff_directories(stream)
     _check_tiff_samples(first)
     bits, photometric = _numbers(first, _BITS, 1), _numbers(first, _PHOTOMETRIC, 1)[0]
+    if bits == [16, 16] and photometric in (0, 1):
+        return _read_deep_grey_with_alpha(stream, first, second)
     is_deep_grey = len(bits) == 1 and 8 < bits[0] <= 16 and photometric in (0, 1)
     if is_deep_grey and photometric == 0:  # Pillow leaves such a negative as it is, or refuses it
         stream.seek(0)
@@ -476,6 +489,40 @@ def _read_tiff(stream: BinaryIO) -> OpenedImage:
                 (values if highest == 65535 else (values * 65535 + highest // 2) // highest).astype(np.uint16)
             )
         return _opened(image, metadata, orientation, losses)
+
+
+def _read_deep_grey_with_alpha(stream: BinaryIO, first: Exif, second: Exif | None) -> OpenedImage:
+    """A TIFF of 16-bit grey and a second channel, which Pillow does not know: taken for four channels of 8 bits."""
+    stream.seek(0)
+    data = stream.read()
+    data += b"\0" * (len(data) % 2)
+    predictor = _numbers(first, _PREDICTOR, 1)[0]
+    if data[2:4] not in (b"*\0", b"\0*") or _numbers(first, _PLANES, 1) == [2] or _TILE_WIDTH in first.main:
+        raise _Refusal("16-bit greyscale with a second channel, stored in a rare way: save it without tiles.")
+
+    def numbers(*values: int) -> Entry:
+        return Entry(SHORT, len(values), struct.pack(f"{first.order}{len(values)}H", *values))
+
+    disguise = {_BITS: numbers(8, 8, 8, 8), _SAMPLES: numbers(4), _PHOTOMETRIC: numbers(2), _PREDICTOR: numbers(1)}
+    disguised = replace(first.without(_EXTRA_SAMPLES, _SAMPLE_FORMAT, ORIENTATION), exposure={}, place={})
+    disguised = replace(disguised, main={**disguised.main, **disguise})
+    data = data[:4] + struct.pack(first.order + "I", len(data)) + data[8:] + disguised.directories_at(len(data))
+    with _pillow_open(io.BytesIO(data), b"", ("TIFF",)) as file:
+        file.load_end = lambda: None
+        file.load()
+        values = np.array(file).view(first.order + "u2").astype(np.uint16)  # (H, W, 2)
+    if predictor == 2:  # differences along the rows
+        values = np.cumsum(values, axis=1, dtype=np.uint16)
+    grey, second_channel = values[..., 0], values[..., 1]
+    grey = 65535 - grey if _numbers(first, _PHOTOMETRIC, 1)[0] == 0 else grey
+    metadata, orientation, losses = read_tiff_metadata(first, second, {})
+    kind = _numbers(first, _EXTRA_SAMPLES, 0)[0]
+    if kind not in (1, 2):  # something else than alpha
+        return _opened(Image.fromarray(grey), metadata, orientation, losses)
+    if kind == 1:  # grey is multiplied by it
+        grey = np.minimum(65535.0, grey * (65535.0 / np.maximum(second_channel, 1)))
+    channels = [Image.fromarray(to_eight_bits(channel)) for channel in (grey, second_channel)]
+    return _opened(Image.merge("LA", channels), metadata, orientation, (*losses, DEEP_GREY_WITH_ALPHA))
 
 
 def _tiff_directories(stream: BinaryIO) -> tuple[Exif, Exif | None]:

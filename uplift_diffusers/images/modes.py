@@ -8,6 +8,8 @@ from PIL import Image
 MODES = ("L", "LA", "RGB", "RGBA", "I;16")
 """PIL modes that every image is brought to: greyscale or colour, with alpha or not, and 16-bit greyscale."""
 
+DEEP_GREY_WITH_ALPHA = "its 16-bit grey becomes 8-bit, because it has transparency."
+
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -70,7 +72,7 @@ def to_common_mode(
             return Image.fromarray(values), ()
         image = Image.fromarray(to_eight_bits(values))
         image.putalpha(Image.fromarray(np.where(values == color_key, 0, 255).astype(np.uint8)))
-        return image, ("its 16-bit grey becomes 8-bit, because it has transparency.",)
+        return image, (DEEP_GREY_WITH_ALPHA,)
     if mode == "CMYK":
         return _cmyk_to_rgb(image, icc_profile)
     if mode in ("1", "L", "RGB", "RGBX"):
