@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
@@ -37,8 +38,6 @@ def png(values, *, depth, color_type, chunks=()):
     else:
         bits = (rows[..., None] >> np.arange(depth - 1, -1, -1)) & 1  # (H, values of a row, depth)
         lines = [np.packbits(row.reshape(-1).astype(np.uint8)).tobytes() for row in bits]
-    import zlib
-
     header = struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0)
     parts = [
         (b"IHDR", header),
@@ -51,8 +50,6 @@ def png(values, *, depth, color_type, chunks=()):
 
 def tiff(values, *, order="<", photometric=1, compression=1, **tags):
     """A TIFF of one strip of (H, W) or (H, W, channels) numbers, raw (1) or deflated (8); `tags` are t258=[...]."""
-    import zlib
-
     values = np.asarray(values)
     height, width = values.shape[:2]
     channels = values.shape[2] if values.ndim == 3 else 1
