@@ -1,13 +1,14 @@
 """The input boundary: whatever a person calls an image becomes one kind of tensor, and goes back as it came."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, TiffImagePlugin
 
+from uplift_diffusers.images.compression import jpeg_quality
 from uplift_diffusers.images.exif import ORIENTATION, parse_exif
 from uplift_diffusers.images.modes import to_common_mode, turn_upright
 
@@ -29,11 +30,13 @@ class Picture:
         color: (3, H, W) float32 in [0, 1].
         alpha: (1, H, W) float32 in [0, 1], or None.
         mode: the PIL mode to give back: L, LA, RGB, RGBA or I;16.
+        jpeg_quality: of the file that it was opened from, if that was a JPEG; see [`jpeg_quality`].
     """
 
     color: torch.Tensor
     alpha: torch.Tensor | None = None
     mode: str = "RGB"
+    jpeg_quality: int | None = None
 
     @property
     def height(self) -> int:
@@ -260,7 +263,8 @@ def _from_pil(image: Image.Image) -> Picture:
     if 0 in image.size:
         raise ValueError(f"`image` must have at least one pixel, got {image.size}.")
     common, _ = to_common_mode(image, color_key=_color_key(image, rawmode), icc_profile=image.info.get("icc_profile"))
-    return _from_array(np.asarray(turn_upright(common, _orientation(image))))
+    picture = _from_array(np.asarray(turn_upright(common, _orientation(image))))
+    return replace(picture, jpeg_quality=jpeg_quality(image))
 
 
 def _color_key(image: Image.Image, rawmode: object) -> int | tuple[int, ...] | None:

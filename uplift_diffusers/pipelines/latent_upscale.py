@@ -6,6 +6,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 
+from uplift_diffusers.arguments import read_number
 from uplift_diffusers.images.convert import ImageInput, read_batch
 from uplift_diffusers.latent_space import LatentCodec, LatentSpace
 from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
@@ -75,6 +76,7 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
         scale: float = 2,
         generator: torch.Generator | list[torch.Generator] | None = None,
         adain_factor: float = 0.0,
+        consistency: float = 0.0,
         tile_size: int | str | None = "auto",
         output_type: str = "pil",
         return_dict: bool = True,
@@ -94,6 +96,9 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
             adain_factor (`float`): from 0 to 1: how far to move mean and standard deviation of every channel of the
                 upscaled latents towards those of the given ones, against a shift of colour or contrast. See
                 [`~uplift_diffusers.models.local_attention.match_channel_statistics`].
+            consistency (`float`): from 0 to 1: how much of what the guide image has and the result, reduced, lacks is
+                added to the result; see [`~uplift_diffusers.pipelines.upscale_stage.make_consistent`]. Latents stay as
+                they are.
             tile_size (`int`, *optional*): edge in pixels of the tiles of the image that is upsampled, which bounds
                 the memory and does not change the result; `"auto"`, 768, or None, no tiles. The VAE has its own
                 `vae.enable_tiling()`, which is exact only for an [`AutoencoderLocal`].
@@ -112,6 +117,7 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
         space = codec.space
         space.check_upsampler(self.upsampler)
         num_steps = check_request(scale=scale, adain_factor=adain_factor, output_type=output_type, tile_size=tile_size)
+        consistency = read_number("consistency", consistency, minimum=0, maximum=1)
         guide = None if image is None else read_batch(image)
         size = self._check_inputs(latents, guide, generator)
         parts = count_parts(codec, size, num_steps=num_steps, tile_size=tile_size)
@@ -144,7 +150,14 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
                 images = space.normalize(raw_latents).to(self.vae.dtype if latents is None else latents.dtype)
             else:
                 images = decode_to_scale(
-                    raw_latents, codec=codec, size=size, num_steps=num_steps, scale=scale, progress=progress
+                    raw_latents,
+                    codec=codec,
+                    size=size,
+                    num_steps=num_steps,
+                    scale=scale,
+                    image=guide,
+                    consistency=consistency,
+                    progress=progress,
                 )
                 images = self.image_processor.postprocess(images, output_type=output_type)
         finally:
