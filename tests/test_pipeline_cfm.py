@@ -11,7 +11,7 @@ from PIL import Image
 from tests import components
 from tests.components import VAES, count_calls, random_latents, seeded, smooth_images, state_of
 from uplift_diffusers import CFMLatentUpscalePipeline, LatentSpace
-from uplift_diffusers.flow_matching import euler_scheduler
+from uplift_diffusers.cfm import euler_scheduler
 
 
 def make_pipeline(vae=None):

@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from uplift_diffusers import AutoencoderLocal, LatentSpace, UPLiFTModel
-from uplift_diffusers.training.loop import train
-from uplift_diffusers.training.objective import MultiDepthObjective
+from uplift_diffusers.training.losses import MultiDepthObjective
 from uplift_diffusers.training.recipes import EmbeddedTrainingConfig
+from uplift_diffusers.training.train import train
 
 SPACE = LatentSpace("test", 8, 8, 1.0)
 RESULT = "diffusion_pytorch_model.safetensors"

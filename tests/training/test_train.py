@@ -4,6 +4,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from scripts import train_autoencoder
 from tests.training_runs import (
     SPACE,
     logged,
@@ -14,15 +15,13 @@ from tests.training_runs import (
     make_vae,
     run_training,
 )
-from uplift_diffusers.data.photographs import Crop, Photographs
+from uplift_diffusers.data.dataset import Crop, Photographs, first_crops
+from uplift_diffusers.data.pyramid import image_pyramid
 from uplift_diffusers.data.sources import FolderSource
-from uplift_diffusers.embedded import train_autoencoder
-from uplift_diffusers.embedded.train_autoencoder import initial_blocks
-from uplift_diffusers.training import cli
+from uplift_diffusers.training import train as training
 from uplift_diffusers.training.checkpoints import list_checkpoints
-from uplift_diffusers.training.logs import Validation
-from uplift_diffusers.training.loop import train
-from uplift_diffusers.training.objective import image_pyramid, jpeg_compressed
+from uplift_diffusers.training.monitoring import Validation
+from uplift_diffusers.training.train import train
 
 
 @pytest.fixture(scope="module")
@@ -66,33 +65,38 @@ def test_noise_lands_in_the_starting_latents_and_never_in_targets():
         assert 2 < (start - clean).std() < 4
 
 
-def test_compressed_inputs_reach_the_model_and_targets_stay_clean():
+def test_degraded_inputs_reach_the_model_with_their_strength_and_targets_stay_clean(monkeypatch):
     model = make_model(noise_channels=0).eval()
-    objective = make_objective(model, latent_noise=0.0, pixel_weight=0.0, depths=(1,), jpeg_probability=1.0)
-    images = torch.rand(3, 3, 64, 64)
-    seen = []
-    model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append((args[0], kwargs["image"])), with_kwargs=True
-    )
+    model.register_to_config(denoise_channel=True)
+    objective = make_objective(model, latent_noise=0.0, pixel_weight=0.0, depths=(1,), degraded_probability=0.5)
+    images = torch.rand(8, 3, 64, 64, generator=seeded())
+    seen, forward = [], model.forward
+
+    def with_channel(latents, *, image, denoise, **settings):
+        seen.append((latents, image, denoise))
+        return forward(latents, image=image, **settings)
+
+    monkeypatch.setattr(model, "forward", with_channel)
     with torch.no_grad():
         losses = objective(images, generator=seeded())
         clean, target = image_pyramid(images, 1)[1], SPACE.encode(objective.vae, images)
-        (latents, image), *_ = seen
-        step = model(latents, image=image, num_steps=1).sample
-    lost = (image - clean).abs().mean(dim=(1, 2, 3))
-    assert (lost > 1 / 255).all()
-    assert len(lost.unique()) == 3  # qualities are drawn for each
-    torch.testing.assert_close(image * 255, (image * 255).round(), rtol=0, atol=1e-4)
-    torch.testing.assert_close(latents, SPACE.encode(objective.vae, image))
+        ((latents, image, denoise),) = seen
+        step = forward(latents, image=image, num_steps=1).sample
+    changed = (image != clean).flatten(1).any(dim=1)
+    assert torch.equal(changed, denoise > 0)
+    assert 0 < changed.sum() < 8
+    assert len(denoise.unique()) == changed.sum() + 1  # strengths are drawn for each
+    torch.testing.assert_close(latents, SPACE.encode(objective.vae, image), rtol=0, atol=1e-5)
     torch.testing.assert_close(losses["loss"], (step - target).square().mean())
 
 
-def test_a_share_of_the_inputs_is_compressed_and_the_same_one_by_the_seed():
-    images = torch.rand(200, 3, 16, 16).mul(255).round() / 255
-    first, again = (jpeg_compressed(images, probability=0.3, generator=seeded()) for _ in range(2))
-    assert torch.equal(first, again)
-    changed = (first != images).flatten(1).any(dim=1)
-    assert 0.2 < changed.float().mean() < 0.4
+def test_a_model_without_the_channel_is_not_told_how_much_there_is_to_clean(monkeypatch):
+    model = make_model(noise_channels=0).eval()
+    objective = make_objective(model, pixel_weight=0.0, depths=(1,), degraded_probability=1.0)
+    seen = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    objective(torch.rand(2, 3, 64, 64), generator=seeded())
+    assert "denoise" not in seen[0]
 
 
 def test_the_encoder_and_the_vae_see_each_image_size_once_a_step():
@@ -126,13 +130,6 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_keeps_less():
     assert kept[1] < 0.8 * kept[0]
 
 
-def test_pyramid_levels_are_eight_bit_reductions():
-    images = torch.rand(1, 3, 32, 32)
-    levels = image_pyramid(images, 2)
-    assert [level.shape[-1] for level in levels] == [32, 16, 8]
-    torch.testing.assert_close(levels[1] * 255, (levels[1] * 255).round(), rtol=0, atol=1e-4)
-
-
 def test_training_lowers_the_loss(photographs, tmp_path):
     run_training(photographs, tmp_path, max_train_steps=60, learning_rate=3e-3, checkpointing_steps=100)
     losses = logged(tmp_path)
@@ -145,14 +142,14 @@ def test_a_used_folder_is_refused_unless_resumed(photographs, tmp_path):
         run_training(photographs, tmp_path, max_train_steps=2)
 
 
-def test_resuming_an_earlier_checkpoint_sets_later_ones_aside(photographs, tmp_path, capsys):
+def test_resuming_an_earlier_checkpoint_sets_later_ones_aside(photographs, tmp_path, caplog):
     run_training(photographs, tmp_path)
     run_training(
         photographs, tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-4"), max_train_steps=5, seed=1
     )
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-5"]
     assert (tmp_path / "abandoned-checkpoint-6" / "model.safetensors").exists()
-    printed = capsys.readouterr().out
+    printed = caplog.text
     assert "Changed since then: seed: 0 -> 1" in printed
     assert "Changed since then: max_train_steps: 6 -> 5" in printed
 
@@ -191,7 +188,7 @@ def test_half_a_line_of_the_log_is_dropped(photographs, tmp_path):
 
 
 def test_both_commands_end_with_one_line_where_there_is_nothing_to_train_on(tmp_path, capsys):
-    for command in (cli, train_autoencoder):
+    for command in (training, train_autoencoder):
         assert command.main(["--train_data_dir", str(tmp_path / "none"), "--output_dir", str(tmp_path)]) == 1
         assert capsys.readouterr().err.strip().endswith("is not a folder.")
 
@@ -220,7 +217,8 @@ def test_epochs_stand_for_the_steps_that_they_take(photographs, tmp_path):
 
 def test_the_linear_code_is_the_principal_components(photographs):
     vae = make_vae()
-    blocks = initial_blocks(Photographs(FolderSource(photographs), Crop(resolution=64)), crops=40)
+    crops = first_crops(Photographs(FolderSource(photographs), Crop(resolution=64)), 40)
+    blocks = train_autoencoder.blocks_of(crops / 255)
     vae.fit_linear_code(blocks)
     flat = blocks - blocks.mean(dim=(0, 2, 3))[:, None, None]
     _, _, components = torch.linalg.svd(flat.flatten(1).double(), full_matrices=False)

@@ -1,7 +1,7 @@
 """
-Put the trained autoencoder and upsampler together as the embedded bundle, in half precision.
+Make the embedded bundle from a trained autoencoder and upsampler, in half precision.
 
-    python -m uplift_diffusers.embedded.build --vae runs/vae --upsampler runs/upsampler --output_dir runs/bundle
+    python -m scripts.build_bundle --vae runs/vae --upsampler runs/upsampler --output_dir runs/bundle
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
         upsampler=UPLiFTModel.from_pretrained(options.upsampler, dtype=torch.float16),
     )
     for component in (pipeline.vae, pipeline.upsampler):
-        component.register_to_config(_name_or_path=None)  # where it lay on this machine is nobody's business
+        component.register_to_config(_name_or_path=None)  # not where it was on this machine
     pipeline.save_pretrained(options.output_dir)
     size = sum(path.stat().st_size for path in options.output_dir.rglob("*") if path.is_file())
     print(f"{options.output_dir}: {size / 1e6:.1f} MB")

@@ -1,27 +1,30 @@
-"""Photographs as training crops whose order and content follow from a seed alone."""
+"""Training crops of photographs. Order and content depend only on a seed, so a run can be resumed exactly."""
 
 import io
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers.utils import logging
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from uplift_diffusers.data.sources import Source, record_bytes
 from uplift_diffusers.image_files import open_image
 
+logger = logging.get_logger(__name__)
+
 SHUFFLE_BUFFER = 256
-"""Encoded photographs among which the next one of a stream is drawn; half a megabyte each, in every process."""
+"""Encoded photographs from which the next one of a stream is drawn: about half a megabyte each, in every process."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Crop:
     """
-    A square of a photograph, drawn from (seed, epoch, index): a resumed run sees what an uninterrupted one would have.
+    Cuts a square out of a photograph. What is random depends only on (seed, epoch, index).
 
     Args:
         resolution: edge of the square in pixels.
@@ -29,7 +32,7 @@ class Crop:
         max_reduction: with `random_crop`, half of the squares are taken from a picture reduced by a factor drawn from
             1 to this (fine detail at every scale); 1.0 keeps the original size.
         augment_flip: without `random_crop`, flip half of the squares.
-        seed: see above.
+        seed: first of the three numbers that everything random depends on.
     """
 
     resolution: int
@@ -66,9 +69,9 @@ class Crop:
 
 class Photographs(Dataset):
     """
-    Crops of the photographs of a source, asked for as `(epoch, index)`.
+    Crops of the photographs of a source, indexed by `(epoch, index)`.
 
-    A photograph that turns out to be damaged is told of once, and the next one that can be read takes its place.
+    The next readable photograph takes the place of a damaged one, which is logged once.
     """
 
     def __init__(self, source: Source, crop: Crop):
@@ -99,14 +102,14 @@ class StreamedPhotographs(IterableDataset):
     """
     Crops of the photographs of a Hugging Face dataset that is downloaded as it is read, in an endless stream.
 
-    Every epoch the stream is shuffled, its shards and then in a buffer of `SHUFFLE_BUFFER`. A run is resumed by
-    reading up to where it was and throwing that away: exact, at the price of reading at most two epochs' files.
+    Every epoch the stream is shuffled: its shards, and then its records in a buffer of `SHUFFLE_BUFFER`. A run is
+    resumed by reading and dropping what was seen. That is exact, and reads at most two epochs' files.
 
     Args:
         stream: a `datasets.IterableDataset` of undecoded images.
-        image_column: where they are in a record.
-        crop: see `Crop`; a photograph's index is its place in the shuffled epoch.
-        seed: of the order.
+        image_column: the column that holds them.
+        crop: cuts the crops; a photograph's index is its place in the shuffled epoch.
+        seed: seed of the order.
     """
 
     def __init__(self, stream: Any, image_column: str, crop: Crop, *, seed: int = 0):
@@ -117,7 +120,7 @@ class StreamedPhotographs(IterableDataset):
         self._told: set[str] = set()
 
     def seek(self, start: int, *, rank: int = 0, world_size: int = 1) -> None:
-        """Begin there, as an `EpochSampler` does. Every process reads the whole stream and decodes its share."""
+        """Start at photograph `start`, as an `EpochSampler` does. Every process reads all, and decodes its share."""
         self.start, self.rank, self.world_size = start, rank, world_size
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -162,10 +165,10 @@ class StreamedPhotographs(IterableDataset):
 
 class EpochSampler(Sampler[tuple[int, int]]):
     """
-    Endless `(epoch, index)` pairs: every epoch a new permutation of `size`, from (seed, epoch) alone.
+    Endless `(epoch, index)` pairs: every epoch a permutation of `size` that depends only on (seed, epoch).
 
     Process `rank` of `world_size` takes every `world_size`-th pair; `start` is the number of pairs that all processes
-    together have already consumed.
+    together have already taken.
     """
 
     def __init__(self, size: int, *, seed: int, start: int = 0, rank: int = 0, world_size: int = 1):
@@ -179,6 +182,52 @@ class EpochSampler(Sampler[tuple[int, int]]):
                 order, order_epoch = np.random.default_rng((self.seed, epoch)).permutation(self.size), epoch
             yield epoch, int(order[place])
             position += self.world_size
+
+
+def first_crops(photographs: Photographs | StreamedPhotographs, count: int) -> torch.Tensor:
+    """(count, 3, R, R) uint8, always the same ones: for what is fitted before the training."""
+    if isinstance(photographs, StreamedPhotographs):
+        photographs.seek(0)
+        return torch.stack(list(islice(photographs, count)))
+    # An item is an (epoch, index), and so are the quotient and remainder of a running number.
+    return torch.stack([photographs[divmod(number, len(photographs))] for number in range(count)])
+
+
+def batches(
+    photographs: Photographs | StreamedPhotographs,
+    batch_size: int,
+    *,
+    seed: int,
+    start: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+) -> Iterator[torch.Tensor]:
+    """
+    Endless batches (B, 3, R, R) uint8 of one process.
+
+    Args:
+        photographs: what is read.
+        batch_size: crops in a batch.
+        seed: seed of the order.
+        start: crops that all processes together have already had.
+        rank: number of this process.
+        world_size: number of processes.
+        num_workers: worker processes that read ahead.
+    """
+    if isinstance(photographs, StreamedPhotographs):
+        photographs.seek(start, rank=rank, world_size=world_size)
+        sampler = None
+    else:
+        sampler = EpochSampler(len(photographs), seed=seed, start=start, rank=rank, world_size=world_size)
+    loader = DataLoader(
+        photographs,
+        sampler=sampler,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+    )
+    return iter(loader)
 
 
 def decode(file: bytes) -> Image.Image:
@@ -205,7 +254,6 @@ def decode(file: bytes) -> Image.Image:
 
 
 def _warn_once(message: str, told: set[str]) -> None:
-    # Not by Python's own filter, which forgets what it showed whenever filters are changed, as Pillow's callers do.
     if message not in told:
         told.add(message)
-        warnings.warn(message, stacklevel=3)
+        logger.warning(message)

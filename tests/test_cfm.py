@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DMode
 from tests import components
 from tests.components import seeded
 from uplift_diffusers import LatentSpace
-from uplift_diffusers.flow_matching import (
+from uplift_diffusers.cfm import (
     NOISING_STEP,
     TIMESTEPS,
     check_scheduler,

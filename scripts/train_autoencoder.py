@@ -1,28 +1,29 @@
 """
 Train the embedded bundle's autoencoder on a folder of photographs.
 
-    accelerate launch -m uplift_diffusers.embedded.train_autoencoder \\
+    accelerate launch -m scripts.train_autoencoder \\
         --train_data_dir photos/train --validation_data_dir photos/val --output_dir runs/vae
 
 It starts from the linear solution (principal components of 8x8 blocks) and learns the convolutional parts beside it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from uplift_diffusers.data.photographs import Crop, Photographs
+from uplift_diffusers.data.dataset import Crop, Photographs
 from uplift_diffusers.data.sources import FolderSource
 from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
-from uplift_diffusers.training.config import TrainingConfig, option, parse_config
-from uplift_diffusers.training.data import first_crops, open_photographs
-from uplift_diffusers.training.launch import make_accelerator, run_command
-from uplift_diffusers.training.logs import Validation
-from uplift_diffusers.training.loop import train
-from uplift_diffusers.training.objective import psnr_from_mse
-from uplift_diffusers.training.publishing import create_repository, publish
+from uplift_diffusers.training.config import Task, TrainingConfig, option, parse_config
+from uplift_diffusers.training.losses import psnr_from_mse
+from uplift_diffusers.training.monitoring import VALIDATION_RESOLUTION, Validation
+from uplift_diffusers.training.train import run, run_command
+
+COMMAND = "accelerate launch -m scripts.train_autoencoder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +35,14 @@ class AutoencoderTrainingConfig(TrainingConfig):
     learning_rate: float = option(4e-4)
     max_train_steps: int = option(5_000)
     max_reduction: float = option(2.0)
-    mixed_precision: str = option("bf16")
     latent_channels: int = option(40, "Channels of the latents.")
     encoder_layers_per_block: tuple[int, ...] = option((2, 3), "Residual blocks of the encoder at 1/4 and at 1/8.")
     decoder_layers_per_block: tuple[int, ...] = option((4, 4), "Residual blocks of the decoder at 1/4 and at 1/8.")
     pretrained_model: str | None = option(
         None, "Autoencoder to go on from: a local folder. Residual blocks that it lacks start as the identity."
     )
-    freeze_encoder: bool = option(False, "Train the decoder alone: latents, and their upsamplers, stay valid.")
-    latent_space: str = option("uplift-embedded", "The name under which upsamplers ask for these latents.")
+    freeze_encoder: bool = option(False, "Train only the decoder: latents, and upsamplers of them, stay valid.")
+    latent_space: str = option("uplift-embedded", "Name of the latent space, which upsamplers are checked against.")
     latent_noise: float = option(0.03, "Deviation of the noise on the latents, whose own is about 1.")
     gradient_weight: float = option(0.5, "Weight of the L1 loss between image gradients.")
 
@@ -52,6 +52,42 @@ class AutoencoderTrainingConfig(TrainingConfig):
             raise ValueError(
                 f"`resolution` must be a multiple of {AutoencoderLocal.spatial_factor}, got {self.resolution}."
             )
+
+    @contextmanager
+    def open_task(self, device: torch.device) -> Iterator[Task]:
+        """A new autoencoder: fitted linearly before the training, or begun from another one."""
+        model = AutoencoderLocal(
+            latent_channels=self.latent_channels,
+            encoder_layers_per_block=self.encoder_layers_per_block,
+            decoder_layers_per_block=self.decoder_layers_per_block,
+            latent_space=self.latent_space,
+        )
+        if self.freeze_encoder:
+            model.linear_encoder.requires_grad_(False)
+            model.encoder.requires_grad_(False)
+
+        def start(crops: torch.Tensor) -> None:
+            if self.pretrained_model is None:
+                model.fit_linear_code(blocks_of(crops).to(model.device))
+            else:
+                load_pretrained(model, self.pretrained_model)
+
+        validate = None
+        if self.validation_data_dir is not None:
+            squares = Photographs(
+                FolderSource(self.validation_data_dir), Crop(resolution=VALIDATION_RESOLUTION, random_crop=False)
+            )
+            held_out = torch.stack([squares[0, index] for index in range(len(squares))]).float() / 127.5 - 1
+
+            def validate() -> Validation:
+                mse = [
+                    (model(part.to(model.device)).sample.clamp(-1, 1).cpu() - part).square().mean(dim=(1, 2, 3)) / 4
+                    for part in held_out.split(8)
+                ]
+                return Validation({"val_psnr": psnr_from_mse(torch.cat(mse)).mean().item()}, pictures={})
+
+        crops = 800 if self.pretrained_model is None else 1
+        yield Task(model, ReconstructionObjective(model, self), fit=start, fit_crops=crops, validate=validate)
 
 
 class ReconstructionObjective(nn.Module):
@@ -84,66 +120,15 @@ def load_pretrained(model: AutoencoderLocal, folder: str) -> None:
     model.load_state_dict(weights)
 
 
-def initial_blocks(dataset: Photographs, *, crops: int = 800) -> torch.Tensor:
-    """(N, 3, 8, 8) in [-1, 1]: the blocks of the first `crops` crops, every fourth one."""
-    images = first_crops(dataset, crops).float()
-    blocks = F.unfold(images, 8, stride=8).transpose(1, 2).reshape(-1, 3, 8, 8)
-    return blocks[::4] / 127.5 - 1
+def blocks_of(crops: torch.Tensor) -> torch.Tensor:
+    """(N, 3, H, W) in [0, 1] -> (M, 3, 8, 8) in [-1, 1]: every fourth of their blocks."""
+    blocks = F.unfold(crops * 2 - 1, 8, stride=8)  # (N, 3 * 64, H / 8 * W / 8)
+    return blocks.transpose(1, 2).reshape(-1, 3, 8, 8)[::4]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the flags, train, and return the exit code: 1 and one line on stderr for what a person can put right."""
-    return run_command(_train, arguments)
-
-
-def _train(arguments: list[str] | None) -> None:
-    """Fit the linear code, or load what to go on from, train, save."""
-    config = parse_config(AutoencoderTrainingConfig, arguments, description=__doc__)
-    photographs = open_photographs(config)  # before anything is loaded
-    accelerator = make_accelerator(config)
-    repository = create_repository(config) if accelerator.is_main_process else None
-    model = AutoencoderLocal(
-        latent_channels=config.latent_channels,
-        encoder_layers_per_block=config.encoder_layers_per_block,
-        decoder_layers_per_block=config.decoder_layers_per_block,
-        latent_space=config.latent_space,
-    )
-
-    def start() -> None:
-        if config.pretrained_model is None:
-            model.fit_linear_code(initial_blocks(photographs))
-        else:
-            load_pretrained(model, config.pretrained_model)
-
-    if config.freeze_encoder:
-        model.linear_encoder.requires_grad_(False)
-        model.encoder.requires_grad_(False)
-
-    validate = None
-    if config.validation_data_dir is not None:
-        held_out = Photographs(FolderSource(config.validation_data_dir), Crop(resolution=256, random_crop=False))
-        images = torch.stack([held_out[0, index] for index in range(len(held_out))])
-
-        def validate() -> Validation:
-            target = images.float() / 127.5 - 1
-            mse = [
-                (model(part.to(model.device)).sample.clamp(-1, 1).cpu() - part).square().mean(dim=(1, 2, 3)) / 4
-                for part in target.split(8)
-            ]
-            return Validation({"val_psnr": psnr_from_mse(torch.cat(mse)).mean().item()}, pictures={})
-
-    train(
-        model,
-        ReconstructionObjective(model, config),
-        config,
-        photographs=photographs,
-        accelerator=accelerator,
-        prepare=start,
-        validate=validate,
-    )
-    if accelerator.is_main_process:
-        command = "accelerate launch -m uplift_diffusers.embedded.train_autoencoder"
-        publish(model, config, accelerator=accelerator, command=command, repository=repository)
+    """Train as the flags say and return the exit code: 0, or 1 after one line on stderr about an expected error."""
+    return run_command(lambda: run(parse_config(AutoencoderTrainingConfig, arguments, description=__doc__), COMMAND))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,7 @@ from PIL import Image
 
 from uplift_diffusers.cli import main
 from uplift_diffusers.data import unsplash
-from uplift_diffusers.data.downloads import Failed, ImageDownloader, parse_retry_after
-from uplift_diffusers.data.unsplash import Photo, fetch_photos, read_photos
+from uplift_diffusers.data.unsplash import Failed, ImageDownloader, Photo, fetch_photos, parse_retry_after, read_photos
 
 SIZE = (96, 64)
 

@@ -9,12 +9,13 @@ from huggingface_hub import ModelCard, constants, hf_api, upload_folder
 from tests.hub_server import HubServer
 from tests.training_runs import logged, make_config, make_photographs, make_vae
 from uplift_diffusers import LatentSpace, UPLiFTModel
-from uplift_diffusers.data.photographs import Crop, Photographs
+from uplift_diffusers.data.dataset import Crop, Photographs
 from uplift_diffusers.data.sources import FolderSource
 from uplift_diffusers.runtime import device_name
-from uplift_diffusers.training import cli, launch, publishing
-from uplift_diffusers.training.launch import make_accelerator
-from uplift_diffusers.training.validation import UpsamplerValidation
+from uplift_diffusers.training import publishing
+from uplift_diffusers.training import train as training
+from uplift_diffusers.training.monitoring import UpsamplerValidation
+from uplift_diffusers.training.train import main, make_accelerator
 
 TOKEN = "hf_secret"
 
@@ -66,7 +67,7 @@ def hub(tmp_path, monkeypatch):
 
 def test_the_result_loads_and_its_card_says_how_it_came_about(flags, photographs, tmp_path):
     flags += ["--validation_data_dir", str(photographs), "--license", "cc-by-4.0", "--learning_rate", "2e-3"]
-    assert cli.main(flags) == 0
+    assert main(flags) == 0
     model = UPLiFTModel.from_pretrained(tmp_path / "run")
     assert model.config.latent_space == "test"
 
@@ -84,7 +85,7 @@ def test_the_result_loads_and_its_card_says_how_it_came_about(flags, photographs
 
 
 def test_a_card_without_a_licence_asks_for_one(flags, tmp_path):
-    assert cli.main(flags) == 0
+    assert main(flags) == 0
     card = (tmp_path / "run" / "README.md").read_text()
     assert "Not declared" in card
     assert "There was no validation" in card
@@ -96,7 +97,7 @@ def test_validation_compares_with_bilinear_interpolation_of_the_latents(photogra
     vae = make_vae().eval()
     space = LatentSpace.of(vae)
 
-    def bilinear(image, depth, generator):
+    def bilinear(image, depth, denoise, generator):
         return F.interpolate(space.encode(vae, image), scale_factor=2**depth, mode="bilinear")
 
     validation = UpsamplerValidation(bilinear, vae, space, photographs)()
@@ -106,7 +107,7 @@ def test_validation_compares_with_bilinear_interpolation_of_the_latents(photogra
     held_out = Photographs(FolderSource(photographs), Crop(resolution=256))
     image = torch.stack([held_out[0, index] for index in range(5)]).float() / 255
     low = F.interpolate(image, size=(128, 128), mode="bicubic", antialias=True).mul(255).round().clamp(0, 255) / 255
-    enlarged, target = bilinear(low, 1, None), space.encode(vae, image)
+    enlarged, target = bilinear(low, 1, None, None), space.encode(vae, image)
     assert validation.figures["val_latent_mse_2x"] == pytest.approx(F.mse_loss(enlarged, target).item(), rel=1e-4)
     mse = (space.decode(vae, enlarged) - image).square().mean(dim=(1, 2, 3))
     assert validation.figures["val_psnr_2x"] == pytest.approx(-10 * mse.log10().mean().item(), rel=1e-4)
@@ -121,9 +122,9 @@ def test_validation_compares_with_bilinear_interpolation_of_the_latents(photogra
 
 
 def test_validation_leaves_the_training_as_it_was(flags, photographs, tmp_path):
-    assert cli.main(flags) == 0
+    assert main(flags) == 0
     validated = [str(tmp_path / "validated") if part == str(tmp_path / "run") else part for part in flags]
-    assert cli.main([*validated, "--validation_data_dir", str(photographs), "--validation_steps", "1"]) == 0
+    assert main([*validated, "--validation_data_dir", str(photographs), "--validation_steps", "1"]) == 0
     assert logged(tmp_path / "validated") == logged(tmp_path / "run")
     assert len(list((tmp_path / "validated" / "validation").glob("*.png"))) == 3
 
@@ -132,9 +133,9 @@ def test_tensorboard_gets_figures_and_pictures_and_each_step_once(flags, photogr
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     flags += ["--report_to", "tensorboard", "--validation_data_dir", str(photographs), "--validation_steps", "2"]
     flags += ["--checkpoints_total_limit", "9"]
-    assert cli.main(flags) == 0
+    assert main(flags) == 0
     resumed = ["--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-2"), "--max_train_steps", "4"]
-    assert cli.main([*flags, *resumed]) == 0
+    assert main([*flags, *resumed]) == 0
     events = event_accumulator.EventAccumulator(str(tmp_path / "run" / "logs" / "uplift"))
     events.Reload()
     losses = events.Scalars("loss")
@@ -144,15 +145,15 @@ def test_tensorboard_gets_figures_and_pictures_and_each_step_once(flags, photogr
 
 
 def test_a_tracker_that_is_not_installed_is_said_before_work_begins(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(launch._TRACKERS, "wandb", lambda: False)
-    assert cli.main([*flags, "--report_to", "wandb"]) == 1
+    monkeypatch.setitem(training._TRACKERS, "wandb", lambda: False)
+    assert main([*flags, "--report_to", "wandb"]) == 1
     assert capsys.readouterr().err == ("`report_to` is 'wandb', which is not installed. Run `pip install wandb`.\n")
     assert not (tmp_path / "run").exists()
 
 
 def test_the_result_is_uploaded_without_checkpoints_and_photographs(flags, photographs, hub, tmp_path):
     to_hub = ["--push_to_hub", "--hub_model_id", "owner/small-uplift", "--hub_token", TOKEN]
-    assert cli.main([*flags, *to_hub, "--validation_data_dir", str(photographs)]) == 0
+    assert main([*flags, *to_hub, "--validation_data_dir", str(photographs)]) == 0
     uploaded = {path.name for path in hub.folder("owner/small-uplift").iterdir()}
     assert uploaded == {"README.md", "config.json", "diffusion_pytorch_model.safetensors", "metrics.jsonl"}
     model, local = UPLiFTModel.from_pretrained("owner/small-uplift"), UPLiFTModel.from_pretrained(tmp_path / "run")
@@ -163,7 +164,7 @@ def test_the_result_is_uploaded_without_checkpoints_and_photographs(flags, photo
 
 
 def test_a_refused_token_ends_the_command_before_training(flags, hub, tmp_path, capsys):
-    assert cli.main([*flags, "--push_to_hub", "--hub_model_id", "owner/small-uplift", "--hub_token", "wrong"]) == 1
+    assert main([*flags, "--push_to_hub", "--hub_model_id", "owner/small-uplift", "--hub_token", "wrong"]) == 1
     assert "401" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -172,19 +173,19 @@ def test_an_upload_that_fails_is_made_up_for_by_resuming(flags, hub, capsys, mon
     flags += ["--push_to_hub", "--hub_token", TOKEN]  # by default the folder's name
     with monkeypatch.context() as patch:
         patch.setattr(publishing, "upload_folder", lambda **settings: upload_folder(**{**settings, "token": "old"}))
-        assert cli.main(flags) == 1
+        assert main(flags) == 1
     assert "401" in capsys.readouterr().err
-    assert cli.main([*flags, "--resume_from_checkpoint", "latest"]) == 0
+    assert main([*flags, "--resume_from_checkpoint", "latest"]) == 0
     assert (hub.folder("owner/run") / "diffusion_pytorch_model.safetensors").exists()
 
 
 def test_a_launch_that_shards_is_refused(photographs, tmp_path, monkeypatch):
     class Sharding:
-        distributed_type = launch.DistributedType.FSDP
+        distributed_type = training.DistributedType.FSDP
 
         def __init__(self, **settings):
             pass
 
-    monkeypatch.setattr(launch, "Accelerator", Sharding)
+    monkeypatch.setattr(training, "Accelerator", Sharding)
     with pytest.raises(ValueError, match=r"Launch with DDP \(`multi_gpu`\), got FSDP"):
         make_accelerator(make_config(photographs, tmp_path))

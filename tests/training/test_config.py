@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from uplift_diffusers.embedded.train_autoencoder import AutoencoderTrainingConfig
-from uplift_diffusers.training import cli
+from scripts.train_autoencoder import AutoencoderTrainingConfig
 from uplift_diffusers.training.config import parse_config
 from uplift_diffusers.training.recipes import UpsamplerTrainingConfig
+from uplift_diffusers.training.train import main
 
 REQUIRED = ["--train_data_dir", "a", "--output_dir", "b"]
 
@@ -76,7 +76,7 @@ def test_a_wrong_value_in_the_file_is_one_sentence(line, message, settings_file,
     ("flags", "message"),
     [
         (["--train_batch_size", "0"], "`train_batch_size` must be at least 1, got 0"),
-        (["--mixed_precision", "int8"], "`mixed_precision` must be no, bf16 or fp16"),
+        (["--mixed_precision", "int8"], "`mixed_precision` must be one of auto, no, bf16, fp16, got 'int8'"),
         (["--learning_rate", "-1"], "`learning_rate` must be above 0"),
         (["--report_to", "nothing"], "`report_to` must be tensorboard, wandb or none, got 'nothing'"),
         (["--lr_scheduler", "cosin"], "`lr_scheduler` must be one of linear, cosine"),
@@ -91,8 +91,8 @@ def test_bad_flags_end_with_one_sentence(flags, message, capsys):
     ("flags", "message"),
     [
         (["--latent_noise", "-1"], "`latent_noise` must be at least 0, got -1.0"),
-        (["--jpeg_probability", "1.5"], "`jpeg_probability` must be in [0, 1], got 1.5"),
-        (["--jpeg_probability", "nan"], "`jpeg_probability` must be in [0, 1], got nan"),
+        (["--degraded_probability", "1.5"], "`degraded_probability` must be in [0, 1], got 1.5"),
+        (["--degraded_probability", "nan"], "`degraded_probability` must be in [0, 1], got nan"),
         (["--depths", "1", "1"], "`depths` must be different whole numbers of at least 1, got (1, 1)"),
     ],
 )
@@ -117,7 +117,7 @@ def test_epochs_drop_default_steps_and_steps_override_epochs():
 )
 def test_a_file_that_is_no_settings_ends_the_command_with_one_line(text, message, settings_file, tmp_path, capsys):
     file = ["--config", str(tmp_path / "missing.yaml")] if text is None else settings_file(text)
-    assert cli.main([*REQUIRED, *file]) == 1
+    assert main([*REQUIRED, *file]) == 1
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
@@ -126,8 +126,8 @@ def test_a_file_that_is_no_settings_ends_the_command_with_one_line(text, message
 def test_the_file_may_choose_recipe_and_method(settings_file, capsys):
     file = settings_file("recipe: embedded\nmethod: lift\ntrain_data_dir: a\noutput_dir: b\nvae: c\nunet: small\n")
     with pytest.raises(SystemExit):
-        cli.main(file)
+        main(file)
     assert "there is no setting `unet`" in capsys.readouterr().err  # known to --method cfm alone
     with pytest.raises(SystemExit):
-        cli.main(settings_file("recipe: embeded\n"))
+        main(settings_file("recipe: embeded\n"))
     assert "invalid choice: 'embeded'" in capsys.readouterr().err
