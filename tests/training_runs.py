@@ -43,16 +43,17 @@ def make_vae() -> AutoencoderLocal:
 
 def make_model(**settings) -> UPLiFTModel:
     torch.manual_seed(0)
-    return UPLiFTModel(
-        latent_channels=8,
-        latent_space="test",
-        encoder_block_out_channels=(8, 8),
-        encoder_patch_size=4,
-        decoder_channels=20,
-        refiner_channels=8,
-        refiner_layers=1,
-        **{"noise_channels": 2, **settings},
-    )
+    defaults = {
+        "latent_channels": 8,
+        "latent_space": "test",
+        "encoder_block_out_channels": (8, 8),
+        "encoder_patch_size": 4,
+        "decoder_channels": 20,
+        "refiner_channels": 8,
+        "refiner_layers": 1,
+        "noise_channels": 2,
+    }
+    return UPLiFTModel(**{**defaults, **settings})
 
 
 def make_objective(model: UPLiFTModel, **settings) -> MultiDepthObjective:

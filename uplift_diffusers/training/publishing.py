@@ -1,6 +1,7 @@
 """The model card of a trained model, and its upload to the hub."""
 
 import dataclasses
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def model_card(
     body = _CARD.format(
         title=title.rpartition("/")[2],
         kind=type(model).__name__,
-        package=type(model).__module__.partition(".")[0],
+        package=_public_module(model),
         repository=title,
         parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         steps=records[-1]["step"],
@@ -163,6 +164,13 @@ def _flags(config: TrainingConfig) -> list[str]:
             values = value if isinstance(value, tuple) else (value,)
             flags.append(" ".join([f"--{field.name}", *(str(_public(item)) for item in values)]))
     return flags
+
+
+def _public_module(model: ModelMixin) -> str:
+    """Where to import the class of `model` from: its package, or its module if the package does not export it."""
+    module = type(model).__module__
+    package = module.partition(".")[0]
+    return package if hasattr(importlib.import_module(package), type(model).__name__) else module
 
 
 def _hub_id(name: str | None) -> str | None:

@@ -262,7 +262,7 @@ def train(
         if logs:
             rate = (state.step - clocked_step) * images_per_step / (time.perf_counter() - clock)
             means = {name: value.item() / (state.step - state.logged_step) for name, value in state.sums.items()}
-            progress.set_postfix(loss=f"{means['loss']:.4g}", images_per_s=f"{rate:.3g}")
+            progress.set_postfix(loss=f"{means['loss']:.4g}", images_per_s=f"{rate:.3g}", refresh=False)
             log.write(state.step, {**means, "lr": state.scheduler.get_last_lr()[0], "images_per_s": rate})
             state.sums, state.logged_step = {}, state.step
         if validates and accelerator.is_main_process:
