@@ -141,7 +141,6 @@ def test_training_beats_bicubic():
         optimizer.zero_grad()
     for name in ("l1_2x", "l1_4x"):
         assert losses[-1][name] < 0.97 * losses[0][name]
-    print({n: (losses[-1][n]/losses[0][n]).item() for n in losses[0]})
 
 
 def test_a_killed_run_ends_as_one_that_was_left_alone(photographs, tmp_path):

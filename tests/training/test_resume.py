@@ -166,7 +166,9 @@ def test_two_processes_log_each_loss_under_its_own_name(photographs, tmp_path):
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    for record in read_metrics(tmp_path):
+    records = read_metrics(tmp_path)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    for record in records:
         assert record["loss"] == pytest.approx(record["loss_d1"] + record["loss_d2"] + record["pixel"], rel=1e-5)
         assert record["pixel"] < 0.6 * record["loss_d2"]  # equal where they were mixed
 

@@ -26,6 +26,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     is_tensorboard_available,
     is_wandb_available,
+    parse_flag_from_env,
     set_seed,
 )
 from diffusers import ModelMixin
@@ -330,7 +331,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     output_dir = Path(config.output_dir)
     # The other processes wait while one validates or saves, for longer than the ten minutes that NCCL allows.
     patience = InitProcessGroupKwargs(timeout=PATIENCE)
-    device = PartialState(**patience.to_kwargs()).device
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # PartialState does not look at it, Accelerator does
+    device = PartialState(cpu=on_cpu, **patience.to_kwargs()).device
     accelerator = Accelerator(
         mixed_precision=_choose_precision(config, device),
         log_with=tracker,
