@@ -27,6 +27,7 @@ def test_memory_is_what_lives_at_once():
     assert (memory.live, memory.peak) == (0, 8000)
 
 
+@pytest.mark.slow
 def test_memory_counted_without_data_is_that_of_real_tensors(monkeypatch):
     monkeypatch.setattr(training, "DEPTHS", (1,))
     settings = {"tiny": True, "bf16": False}

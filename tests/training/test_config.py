@@ -80,6 +80,8 @@ def test_a_wrong_value_in_the_file_is_one_sentence(line, message, settings_file,
         (["--learning_rate", "-1"], "`learning_rate` must be above 0"),
         (["--report_to", "nothing"], "`report_to` must be tensorboard, wandb or none, got 'nothing'"),
         (["--lr_scheduler", "cosin"], "`lr_scheduler` must be one of linear, cosine"),
+        (["--lr_floor", "0.1", "--lr_scheduler", "linear"], "`lr_floor` must be 0 unless `lr_scheduler` is cosine"),
+        (["--adam_beta2", "1"], "`adam_beta2` must be in [0, 1), got 1.0"),
         (["--num_train_epochs", "0"], "`num_train_epochs` must be at least 1, got 0"),
     ],
 )

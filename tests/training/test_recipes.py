@@ -14,6 +14,7 @@ from uplift_diffusers import CFMLatentUpscalePipeline, UPLiFTModel, UPLiFTSuperR
 from uplift_diffusers.cfm import UNETS, FlowMatchingObjective, enlarge, euler_scheduler, make_unet, noise_context
 from uplift_diffusers.data.pyramid import image_pyramid
 from uplift_diffusers.latent_space import LatentSpace
+from uplift_diffusers.training import monitoring
 from uplift_diffusers.training.recipes import RECIPES, EmbeddedCFMTrainingConfig
 from uplift_diffusers.training.train import main, train
 
@@ -30,6 +31,11 @@ def count_parameters(model):
 
 def make_config(recipe, method, **settings):
     return RECIPES[recipe][method](train_data_dir="photographs", output_dir="run", vae="vae", **settings)
+
+
+@pytest.fixture(autouse=True)
+def small_validations(monkeypatch):
+    monkeypatch.setattr(monitoring, "VALIDATION_RESOLUTION", 64)
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,21 @@
 """What a run leaves behind: the model, its card, figures and pictures of validation, trackers, the hub."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from huggingface_hub import ModelCard, constants, hf_api, upload_folder
 
 from tests.hub_server import HubServer
-from tests.training_runs import logged, make_config, make_photographs, make_vae
+from tests.training_runs import logged, make_config, make_model, make_photographs, make_vae, run_training
 from uplift_diffusers import LatentSpace, UPLiFTModel
 from uplift_diffusers.data.dataset import Crop, Photographs
 from uplift_diffusers.data.sources import FolderSource
 from uplift_diffusers.runtime import device_name
-from uplift_diffusers.training import publishing
+from uplift_diffusers.training import monitoring, publishing
 from uplift_diffusers.training import train as training
 from uplift_diffusers.training.monitoring import UpsamplerValidation
 from uplift_diffusers.training.train import main, make_accelerator
@@ -33,8 +36,9 @@ def vae(tmp_path_factory):
 
 
 @pytest.fixture
-def flags(photographs, vae, tmp_path):
-    """Of a run of three steps, as `train_latent.py` takes them."""
+def flags(photographs, vae, tmp_path, monkeypatch):
+    """Of a run of three steps, as `train_latent.py` takes them, validated on small crops."""
+    monkeypatch.setattr(monitoring, "VALIDATION_RESOLUTION", 64)
     settings = {
         "recipe": "embedded",
         "vae": vae,
@@ -73,6 +77,9 @@ def test_the_result_loads_and_its_card_says_how_it_came_about(flags, photographs
 
     card = ModelCard.load(tmp_path / "run" / "README.md", ignore_metadata_errors=False)
     assert (card.data.license, card.data.library_name) == ("cc-by-4.0", "diffusers")
+    assert card.data.pipeline_tag == "image-to-image"
+    assert "super-resolution" in card.data.tags
+    assert card.data.base_model is None  # the VAE is a local folder
     assert f"5 photographs of `{photographs.name}`" in card.text
     assert "train_latent.py --recipe embedded --method uplift" in card.text
     assert "--resolution 32" in card.text
@@ -90,6 +97,41 @@ def test_a_card_without_a_licence_asks_for_one(flags, tmp_path):
     assert "Not declared" in card
     assert "There was no validation" in card
     assert "\nlicense:" not in card
+
+
+def test_a_card_names_the_hub_repositories_that_a_model_is_made_from(photographs, tmp_path):
+    run_training(photographs, tmp_path, max_train_steps=1)
+    path = tmp_path / "checkpoint-1" / "state.json"
+    state = json.loads(path.read_text())
+    state["settings"] |= {"vae": "owner/pipeline", "train_data_dir": None, "dataset_name": "owner/photographs"}
+    path.write_text(json.dumps(state))
+    config = make_config(photographs, tmp_path, license="mit")
+    card = publishing.model_card(
+        make_model(), config, accelerator=Accelerator(cpu=True), command="train", repository="owner/model"
+    )
+    assert (card.data.base_model, card.data.datasets) == ("owner/pipeline", "owner/photographs")
+    assert card.content.startswith("---\n")
+
+
+@torch.no_grad()
+def test_validation_on_jpegs_tells_the_model_how_much_there_is_to_clean(photographs, monkeypatch):
+    monkeypatch.setattr(monitoring, "VALIDATION_RESOLUTION", 64)
+    vae = make_vae().eval()
+    space = LatentSpace.of(vae)
+    seen = []
+
+    def bilinear(image, depth, denoise, generator):
+        seen.append((depth, image, denoise))
+        return F.interpolate(space.encode(vae, image), scale_factor=2**depth, mode="bilinear")
+
+    figures = UpsamplerValidation(bilinear, vae, space, photographs, jpeg_qualities=(90, 30))().figures
+    for scale in ("2x", "4x"):
+        assert figures[f"val_psnr_{scale}"] > figures[f"val_psnr_{scale}_jpeg90"] > figures[f"val_psnr_{scale}_jpeg30"]
+    assert [depth for depth, _, _ in seen[:6]] == [1, 1, 1, 2, 2, 2]
+    strengths = [denoise.unique().item() for _, _, denoise in seen[:3]]
+    assert strengths == pytest.approx([0.0, 1 / 7, 1.0])
+    clean, high, low = (image for _, image, _ in seen[:3])
+    assert (high - clean).abs().mean() < (low - clean).abs().mean()
 
 
 @torch.no_grad()

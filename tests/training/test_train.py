@@ -1,8 +1,11 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from safetensors.torch import load_file
 
 from scripts import train_autoencoder
 from tests.training_runs import (
@@ -177,6 +180,23 @@ def test_accumulated_micro_steps_give_the_mean_gradient(photographs, tmp_path):
         )
         train(model, objective, config, accelerator=accelerator)
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_the_cosine_schedule_ends_at_its_floor(photographs, tmp_path):
+    settings = {"lr_warmup_steps": 2, "lr_floor": 0.1, "learning_rate": 1e-3, "max_train_steps": 6}
+    run_training(photographs, tmp_path, **settings)
+    expected = [
+        min(1, (step + 1) / 2) * (0.1 + 0.9 * (1 + math.cos(math.pi * step / 6)) / 2) * 1e-3 for step in range(1, 7)
+    ]
+    assert logged(tmp_path, "lr") == pytest.approx(expected, abs=1e-8)  # of the next step; the log has eight digits
+    assert expected[-1] == pytest.approx(1e-4)
+
+
+def test_adam_has_the_decay_of_the_settings(photographs, tmp_path):
+    run_training(photographs, tmp_path, adam_beta2=0.9, max_train_steps=1)
+    averages = load_file(tmp_path / "checkpoint-1" / "optimizer.safetensors")
+    gradient = 10 * averages["0.exp_avg"]  # after one step, with a beta1 of 0.9
+    torch.testing.assert_close(averages["0.exp_avg_sq"], 0.1 * gradient.square(), rtol=1e-4, atol=1e-12)
 
 
 def test_half_a_line_of_the_log_is_dropped(photographs, tmp_path):
