@@ -138,7 +138,6 @@ def test_latest_without_a_checkpoint_is_an_error_and_if_any_is_not(tmp_path):
         find_checkpoint(tmp_path, str(tmp_path / "checkpoint-7"))
 
 
-@pytest.mark.slow
 def test_two_processes_average_to_the_gradients_of_one_with_twice_the_batch(photographs, tmp_path):
     # No noise, which every process draws for itself.
     settings = {
@@ -162,7 +161,6 @@ def test_two_processes_average_to_the_gradients_of_one_with_twice_the_batch(phot
     assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"), rel=1e-4)
 
 
-@pytest.mark.slow
 def test_two_processes_log_each_loss_under_its_own_name(photographs, tmp_path):
     # Every process draws the depth that it decodes, and so comes to its losses in an order of its own.
     processes = start_distributed_training(2, photographs, tmp_path, train_batch_size=1, max_train_steps=4)
