@@ -243,7 +243,11 @@ IMAGE, LATENTS = smooth_images(1, 16, 16), torch.zeros(1, 4, 4, 4)
         ({"image": IMAGE, "scale": 17}, ValueError, "`scale` must be from 1 to 16, got 17"),
         ({"image": IMAGE, "scale": "2"}, TypeError, "`scale` must be a number, got str"),
         ({"image": IMAGE, "scale": 1.7, "output_type": "latent"}, ValueError, "multiples of 8 where latents.*got 1.7"),
-        ({"image": IMAGE, "num_inference_steps": 0}, ValueError, "`num_inference_steps` must be a whole number of at least 1, got 0"),
+        (
+            {"image": IMAGE, "num_inference_steps": 0},
+            ValueError,
+            "`num_inference_steps` must be a whole number of at least 1, got 0",
+        ),
         ({"image": IMAGE, "num_inference_steps": 2.0}, TypeError, "`num_inference_steps` must be a whole number"),
         ({"image": IMAGE, "output_type": "jpeg"}, ValueError, "`output_type` must be .*'jpeg'"),
         ({"image": IMAGE, "generator": [seeded()] * 2}, ValueError, "each of the 1 items, got 2"),

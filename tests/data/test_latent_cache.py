@@ -4,7 +4,6 @@ import json
 import shutil
 import tarfile
 from contextlib import nullcontext
-from functools import partial
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from uplift_diffusers import LatentSpace
 from uplift_diffusers.data.latent_cache import LatentCache
 from uplift_diffusers.data.pyramid import image_pyramid
 from uplift_diffusers.data.sources import find_images
+from uplift_diffusers.latent_space import LatentCodec
 from uplift_diffusers.training.losses import MultiDepthObjective
 from uplift_diffusers.training.recipes import UpsamplerTrainingConfig
 from uplift_diffusers.training.train import main, train

@@ -130,7 +130,7 @@ def test_validation_on_jpegs_tells_the_model_how_much_there_is_to_clean(photogra
     figures = UpsamplerValidation(bilinear, vae, space, photographs, jpeg_qualities=(90, 30))().figures
     images = monitoring.validation_crops(photographs)
     for depth, small in enumerate(image_pyramid(images, 2)[1:], 1):
-        decoded = space.decode(vae, bilinear(through_jpeg(small, quality=30), depth, None, None))
+        decoded = LatentCodec(vae, space).decode(bilinear(through_jpeg(small, quality=30), depth, None, None))
         psnr = -10 * (decoded - images).square().mean(dim=(1, 2, 3)).log10().mean().item()
         assert figures[f"val_psnr_{2**depth}x_jpeg30"] == pytest.approx(psnr, abs=1e-3)
     assert [depth for depth, _, _ in seen[:6]] == [1, 1, 1, 2, 2, 2]
