@@ -32,8 +32,9 @@ from benchmarks.measure import LiveMemory, environment, in_fresh_process, interl
 from benchmarks.reference import PlainUPLiFT
 from uplift_diffusers import LatentSpace, UPLiFTModel
 from uplift_diffusers.data.latent_cache import LatentCache
+from uplift_diffusers.data.pyramid import image_pyramid
 from uplift_diffusers.models.conversion import convert_state_dict
-from uplift_diffusers.training.objective import MultiDepthObjective, image_pyramid
+from uplift_diffusers.training.losses import MultiDepthObjective
 
 DEPTHS = (1, 2, 3, 4)
 LATENT_NOISE = 1.0

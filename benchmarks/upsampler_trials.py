@@ -4,13 +4,13 @@ What changes to the embedded upsampler give in a few minutes of training on from
     python -m benchmarks.upsampler_trials --train_data_dir photos/train --validation_data_dir photos/val
     python -m benchmarks.upsampler_trials ... --cpu_minutes 20 --trials "as it is" "no term in decoded pixels"
 
-Every trial begins as the same function: what it has more than the upsampler is added so that it changes nothing yet,
-or hardly anything where it is the neighbourhood (see `grow`). Then all train for the same time, of the CPU, in the
-embedded recipe but at the depth 1 alone, on the same crops, with Adam and a cosine schedule over that time.
+Every trial starts as the same function: whatever it has beyond the upsampler is added so that it changes nothing at
+first, or hardly anything if it is the neighbourhood (see `grow`). All trials then train for the same CPU time in the
+embedded recipe, but only at depth 1, on the same crops, with Adam and a cosine schedule over that time.
 
-Prints the PSNR at the end on one crop of 256 px of every validation photograph, reduced two and four times, and at 2x
-the same with the input compressed as a JPEG; and the mean weight that the Local Attender gives to the latent in which
-a position lies: 1 is nearest neighbour. What needs long to show is not seen here; what a step costs is.
+Prints the final PSNR on one crop of 256 px of every validation photograph, reduced two and four times, and at 2x with
+a JPEG as input; and the mean weight that the Local Attender gives to the latent in which a position lies (1 is nearest
+neighbour). Effects that need long training do not show here; what a step costs does.
 """
 
 import argparse
@@ -22,14 +22,14 @@ import torch
 
 from benchmarks.measure import environment
 from uplift_diffusers import UPLiFTModel, UPLiFTSuperResolutionPipeline, embedded_bundle
-from uplift_diffusers.data.photographs import Crop, EpochSampler, Photographs
+from uplift_diffusers.data.dataset import Crop, EpochSampler, Photographs
 from uplift_diffusers.data.sources import FolderSource
-from uplift_diffusers.latent_space import Autoencoder, LatentSpace
+from uplift_diffusers.latent_space import Autoencoder, LatentCodec, LatentSpace
 from uplift_diffusers.models.blocks import add_shared_channels
 from uplift_diffusers.models.local_attention import neighborhood_offsets
-from uplift_diffusers.training.objective import MultiDepthObjective, through_jpeg
+from uplift_diffusers.training.losses import MultiDepthObjective, run_upsampler
+from uplift_diffusers.training.monitoring import UpsamplerValidation
 from uplift_diffusers.training.recipes import EmbeddedTrainingConfig
-from uplift_diffusers.training.validation import UpsamplerValidation
 
 RECIPE = EmbeddedTrainingConfig
 CROP = Crop(resolution=RECIPE.resolution, max_reduction=RECIPE.max_reduction)
@@ -38,13 +38,13 @@ WARM_UP = 0.03
 """Part of the time over which the learning rate rises."""
 
 QUALITY = 75
-"""Of the JPEGs in validation: Pillow's default."""
+"""Quality of the JPEGs in validation: Pillow's default."""
 
 NEW_LOGIT = -6.0
 """Bias of new positions of a neighbourhood: their softmax weights are small."""
 
 CENTRE_LOGIT = 3.0
-"""Bias of the centre where the Local Attender begins anew: a weight of 0.56 among 17 positions."""
+"""Bias of the centre where the Local Attender starts again: a weight of 0.56 among 17 positions."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Trial:
         objective: settings of the objective.
         batch: images of a step.
         learning_rate: Adam's, at its peak.
-        new_attender: the Local Attender forgets what it learnt: the same weights everywhere, most for the centre.
+        new_attender: start the Local Attender again, with the same weights everywhere, most for the centre.
     """
 
     model: dict = field(default_factory=dict)
@@ -75,12 +75,12 @@ TRIALS = {
     "stem of 48 channels, not 32": Trial(model={"encoder_stem_channels": 48}),
     "neighbourhood of 9, not 17": Trial(model={"neighborhood": 9}),
     "neighbourhood of 25": Trial(model={"neighborhood": 25}),
-    "Local Attender begun anew": Trial(new_attender=True),
+    "Local Attender started again": Trial(new_attender=True),
     "4 noise channels, not none": Trial(model={"noise_channels": 4}),
     "no term in decoded pixels": Trial(objective={"pixel_weight": 0.0}),
     "4 times its weight": Trial(objective={"pixel_weight": 4 * RECIPE.pixel_weight}),
     "1 image a step, not 4, Adam 3e-4": Trial(batch=1, learning_rate=3e-4),
-    "half of the inputs JPEGs": Trial(objective={"jpeg_probability": 0.5}),
+    "half of the inputs degraded": Trial(objective={"degraded_probability": 0.5}),
 }
 
 
@@ -169,23 +169,21 @@ class Measurement:
 
     def __init__(self, folder: str, vae: Autoencoder, space: LatentSpace):
         self.vae, self.space = vae, space
-        self.validation = UpsamplerValidation(self._upsample, vae, space, folder)
+        self.validation = UpsamplerValidation(self._upsample, vae, space, folder, jpeg_qualities=(QUALITY,))
 
     def __call__(self, model: UPLiFTModel) -> list[float]:
         self.model = model.eval()
         with torch.autocast("cpu", torch.bfloat16):
-            clean, compressed = (self._figures(compresses=compresses) for compresses in (False, True))
-        return [clean["val_psnr_2x"], clean["val_psnr_4x"], compressed["val_psnr_2x"], self._centre_weight()]
+            figures = self.validation().figures
+            names = ("val_psnr_2x", "val_psnr_4x", f"val_psnr_2x_jpeg{QUALITY}")
+            return [*(figures[name] for name in names), self._centre_weight()]
 
-    def _figures(self, *, compresses: bool) -> dict[str, float]:
-        self.compresses = compresses
-        return self.validation().figures
-
-    def _upsample(self, image: torch.Tensor, depth: int, generator: torch.Generator) -> torch.Tensor:
-        if self.compresses:
-            image = torch.stack([through_jpeg(picture, quality=QUALITY) for picture in image])
-        latents = self.space.encode(self.vae, image)
-        return self.model(latents, image=image, num_steps=depth, generator=generator).sample
+    def _upsample(
+        self, image: torch.Tensor, depth: int, denoise: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        latents = LatentCodec(self.vae, self.space).encode(image)
+        settings = {"num_steps": depth, "generator": generator}
+        return run_upsampler(self.model, latents, image=image, denoise=denoise, **settings).sample
 
     @torch.no_grad()
     def _centre_weight(self) -> float:

@@ -28,6 +28,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from benchmarks.measure import in_fresh_process, peak_resident_bytes
 from uplift_diffusers import LatentSpace, UPLiFTModel, __version__
+from uplift_diffusers.latent_space import LatentCodec
 from uplift_diffusers.pipelines.upscale_stage import decode_to_scale, upscale_raw_latents
 from uplift_diffusers.runtime import device_name
 from uplift_diffusers.scale import num_steps_for_scale
@@ -82,7 +83,7 @@ def measure_stage(scale: float, arguments: argparse.Namespace) -> dict[str, floa
     edge = arguments.size // space.spatial_factor
     raw_latents = torch.randn(1, space.channels, edge, edge, generator=torch.Generator().manual_seed(0)).to(device)
     options = {"device": device, "repeats": arguments.repeats}
-    guide_s, guide = clock(lambda: space.decode(vae, raw_latents), **options)
+    guide_s, guide = clock(lambda: LatentCodec(vae, space).decode(raw_latents), **options)
     upsample_s, large = clock(
         lambda: upscale_raw_latents(
             raw_latents,

@@ -17,7 +17,7 @@ import torch
 from uplift_diffusers import LatentSpace, embedded_bundle
 from uplift_diffusers.images.convert import pad_to_multiple, read_pictures
 from uplift_diffusers.images.files import open_image
-from uplift_diffusers.latent_space import Autoencoder
+from uplift_diffusers.latent_space import Autoencoder, LatentCodec
 from uplift_diffusers.loading import load_vae
 from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
 
@@ -33,13 +33,13 @@ def measure_difference(vae: Autoencoder, image: torch.Tensor, *, tile_size: int)
         tile_size: in pixels, for an AutoencoderLocal.
     """
     space = LatentSpace.of(vae)
-    raw_latents = space.encode(vae, image)
-    whole = space.decode(vae, raw_latents)
+    raw_latents = LatentCodec(vae, space).encode(image)
+    whole = LatentCodec(vae, space).decode(raw_latents)
     if isinstance(vae, AutoencoderLocal):
-        tiled = space.decode(vae, raw_latents, tile_size=tile_size)
+        tiled = LatentCodec(vae, space).decode(raw_latents, tile_size=tile_size)
     else:
         vae.enable_tiling()
-        tiled = space.decode(vae, raw_latents)
+        tiled = LatentCodec(vae, space).decode(raw_latents)
         vae.disable_tiling()
     difference = 255 * (tiled - whole).abs()[0].mean(dim=0)  # (H, W)
     return {

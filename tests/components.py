@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from uplift_diffusers import AutoencoderLocal, LatentSpace, UPLiFTModel
-from uplift_diffusers.flow_matching import name_latents
+from uplift_diffusers.cfm import name_latents
 
 FEATURES = 16
 """Width of the text encoders, which is what the U-Nets attend to."""

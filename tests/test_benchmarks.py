@@ -215,12 +215,12 @@ def test_trials_train_and_are_measured(tmp_path, capsys, monkeypatch):
         [
             *("--train_data_dir", str(photographs), "--validation_data_dir", str(photographs)),
             *("--model", str(tmp_path / "pipe"), "--cpu_minutes", "0.05"),
-            *("--trials", "as it is", "Local Attender begun anew", "half of the inputs JPEGs"),
+            *("--trials", "as it is", "Local Attender started again", "half of the inputs degraded"),
         ]
     )
     _, _, *rows = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line[:1] == "|")
     before, *trained = rows
-    assert [row[0] for row in trained] == ["as it is", "Local Attender begun anew", "half of the inputs JPEGs"]
+    assert [row[0] for row in trained] == ["as it is", "Local Attender started again", "half of the inputs degraded"]
     for row in trained:
         steps, *psnr, centre = map(float, row[1:])
         assert steps > 0

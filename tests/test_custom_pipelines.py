@@ -22,7 +22,7 @@ from uplift_diffusers import (
     UPLiFTTextToImagePipeline,
     UPLiFTTextToImageXLPipeline,
 )
-from uplift_diffusers.flow_matching import euler_scheduler
+from uplift_diffusers.cfm import euler_scheduler
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {path.stem: path for path in sorted((ROOT / "pipelines").glob("*.py"))}

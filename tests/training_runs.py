@@ -13,9 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from uplift_diffusers import AutoencoderLocal, LatentSpace, UPLiFTModel
-from uplift_diffusers.training.loop import train
-from uplift_diffusers.training.objective import MultiDepthObjective
+from uplift_diffusers.runtime import PATIENCE
+from uplift_diffusers.training.losses import MultiDepthObjective
 from uplift_diffusers.training.recipes import EmbeddedTrainingConfig
+from uplift_diffusers.training.train import make_accelerator, train
 
 SPACE = LatentSpace("test", 8, 8, 1.0)
 RESULT = "diffusion_pytorch_model.safetensors"
@@ -43,16 +44,17 @@ def make_vae() -> AutoencoderLocal:
 
 def make_model(**settings) -> UPLiFTModel:
     torch.manual_seed(0)
-    return UPLiFTModel(
-        latent_channels=8,
-        latent_space="test",
-        encoder_block_out_channels=(8, 8),
-        encoder_patch_size=4,
-        decoder_channels=20,
-        refiner_channels=8,
-        refiner_layers=1,
-        **{"noise_channels": 2, **settings},
-    )
+    defaults = {
+        "latent_channels": 8,
+        "latent_space": "test",
+        "encoder_block_out_channels": (8, 8),
+        "encoder_patch_size": 4,
+        "decoder_channels": 20,
+        "refiner_channels": 8,
+        "refiner_layers": 1,
+        "noise_channels": 2,
+    }
+    return UPLiFTModel(**{**defaults, **settings})
 
 
 def make_objective(model: UPLiFTModel, **settings) -> MultiDepthObjective:
@@ -85,7 +87,12 @@ def run_training(
     """Train with `settings` of the configuration; returns the resulting weights."""
     network = make_model(**(model or {}))
     config = make_config(photographs, output_dir, **settings)
-    train(network, make_objective(network, **(objective or {})), config, accelerator=Accelerator(cpu=True))
+    # A process that was launched as one of several makes its accelerator as the command does.
+    accelerator = make_accelerator(config) if "RANK" in os.environ else Accelerator(cpu=True)
+    if accelerator.num_processes > 1:
+        group = torch.distributed.group.WORLD._get_backend(accelerator.device)
+        assert group.options._timeout == PATIENCE  # by default accelerate gives NCCL ten minutes, and gloo thirty
+    train(network, make_objective(network, **(objective or {})), config, accelerator=accelerator)
     return load_file(output_dir / RESULT)
 
 
@@ -112,6 +119,7 @@ def start_distributed_training(num_processes: int, *arguments, **settings) -> li
         start_training(
             *arguments,
             environment={
+                "ACCELERATE_USE_CPU": "true",
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(num_processes),

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 PATIENCE = timedelta(days=7)
 """How long a process that is done waits for the slowest one."""
 
+CPU_INFO = Path("/proc/cpuinfo")
+"""Where Linux describes the processor."""
+
+_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+
 
 def process_share() -> tuple[int, int]:
     """The index of this process, and how many `accelerate launch` or `torchrun` started: 0 and 1 without them."""
@@ -39,6 +44,24 @@ def sum_over_processes(*numbers: int) -> list[int]:
     return totals.tolist()
 
 
+def preferred_dtype(device: "torch.device | str") -> "torch.dtype":
+    """
+    The dtype of autocast that `device` computes fastest in.
+
+    bfloat16 on a CPU with AVX512_BF16 or AMX (as Linux reports it) and on GPUs that have it, float16 on other GPUs of
+    NVIDIA and AMD, float32 elsewhere: a CPU without these instructions emulates bfloat16 slowly.
+    """
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu" and _BF16_FLAGS & set(_cpu_info("flags").split()):
+        return torch.bfloat16
+    return torch.float32
+
+
 def device_name(device: "torch.device | str") -> str:
     """The accelerator's name, or the processor's."""
     import torch
@@ -48,7 +71,10 @@ def device_name(device: "torch.device | str") -> str:
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type.upper()
-    info = Path("/proc/cpuinfo")  # Linux, where `platform` knows only the architecture
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_info(name: str) -> str:
+    """The first entry `name` of Linux' description of the processor; empty elsewhere."""
+    lines = CPU_INFO.read_text().splitlines() if CPU_INFO.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == name), "")

@@ -3,39 +3,41 @@
 import hashlib
 import json
 import secrets
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from uplift_diffusers.latent_space import Autoencoder, LatentSpace
+from uplift_diffusers.latent_space import Autoencoder, LatentCodec, LatentSpace
 from uplift_diffusers.saving import replaced_when_whole
 
+logger = logging.get_logger(__name__)
+
 SHARD_BYTES = 32 * 2**20
-"""Latents that are gathered before they are written: what a killed process has to compute again."""
+"""Latents are written once there are so many of them. A killed process loses at most these."""
 
 
 class LatentCache:
     """
     `LatentSpace.encode` with a memory on disk.
 
-    An entry's key is the SHA-256 of its image's pixels. So crops, flips and every level of a pyramid have entries
-    of their own, a photograph that was changed is encoded anew, and it does not matter where it came from. What else
-    latents depend on, the VAE's class, configuration and weights, its dtype and the kind of device, picks the folder
-    that they lie in: caches of several VAEs share `folder`.
+    An entry's key is the SHA-256 of its image's pixels. So crops, flips and every level of a pyramid have entries of
+    their own, and a photograph that was changed is encoded again. Everything else that latents depend on (the VAE's
+    class, configuration and weights, its dtype, the kind of device) chooses a subfolder, so several VAEs may share
+    `folder`.
 
-    Entries are written in shards, safetensors files that appear whole under names of their own. Several processes may
-    use one folder at once; where two of them meet the same pixels at the same time, both encode them. Every entry is
-    checked as it is read. A damaged shard is named and deleted, and what was in it is encoded again.
+    Entries are written in shards: safetensors files that appear whole. Several processes may use one folder at once;
+    if two of them meet the same pixels at the same time, both encode them. Every entry has a SHA-256 that is checked
+    when it is read. A damaged shard is named and deleted, and its latents are computed again.
 
-    Use it in a `with` block, at whose end the last shard is written.
+    Use it in a `with` block, which writes the last shard at its end.
 
     Args:
-        folder: created if need be.
-        vae: what encodes; frozen.
+        folder: created if it does not exist.
+        vae: the frozen VAE that encodes.
         space: its latent space.
         shard_bytes: size of a shard.
     """
@@ -68,11 +70,11 @@ class LatentCache:
         """
         keys = _keys(images)
         if any(key not in self._waiting and key not in self._entries for key in keys):
-            self._open_new_shards()  # perhaps another process has written it
+            self._open_new_shards()  # another process may have written it
         latents = [self._find(key) for key in keys]
         for index, key in enumerate(keys):
             if latents[index] is None:
-                latents[index] = self.space.encode(self.vae, images[index : index + 1])[0].cpu()
+                latents[index] = LatentCodec(self.vae, self.space).encode(images[index : index + 1])[0].cpu()
                 self._waiting[key] = latents[index]
                 self.num_encoded += 1
         if sum(waiting.nbytes for waiting in self._waiting.values()) >= self.shard_bytes:
@@ -80,10 +82,10 @@ class LatentCache:
         return torch.stack(latents).to(images.device)
 
     def flush(self) -> None:
-        """Write what waits as a shard."""
+        """Write the latents that are not on disk yet as a shard."""
         if not self._waiting:
             return
-        checksums = {key: _digest(_bytes(latents)) for key, latents in self._waiting.items()}
+        checksums = {key: _checksum(latents) for key, latents in self._waiting.items()}
         path = self.folder / f"{secrets.token_hex(8)}.safetensors"
         try:
             with replaced_when_whole(path) as file:
@@ -103,8 +105,8 @@ class LatentCache:
             latents = self._shards[path].get_tensor(key)
         except SafetensorError as error:
             return self._drop(path, str(error))
-        if _digest(_bytes(latents)) != checksum:
-            return self._drop(path, "a checksum does not fit")
+        if _checksum(latents) != checksum:
+            return self._drop(path, "a checksum does not match")
         return latents
 
     def _open_new_shards(self) -> None:
@@ -122,7 +124,7 @@ class LatentCache:
             self._entries |= {key: (path, checksum) for key, checksum in (shard.metadata() or {}).items()}
 
     def _drop(self, path: Path, reason: str) -> None:
-        warnings.warn(f"`{path}` is damaged ({reason}). It is deleted; its latents are computed again.", stacklevel=4)
+        logger.warning(f"`{path}` is damaged ({reason}). It is deleted; its latents are computed again.")
         self._shards.pop(path, None)
         self._entries = {key: entry for key, entry in self._entries.items() if entry[0] != path}
         path.unlink(missing_ok=True)
@@ -132,7 +134,7 @@ def _identity(vae: Autoencoder, space: LatentSpace) -> dict[str, Any]:
     """
     What the latents of given pixels depend on.
 
-    The hash of the weights stands for the revision that they are from: it changes whenever they do, and only then.
+    The weights are hashed, not their revision: a revision may change other files only.
     """
     weights = hashlib.sha256()
     for name, tensor in sorted(vae.state_dict().items()):
@@ -153,9 +155,13 @@ def _identity(vae: Autoencoder, space: LatentSpace) -> dict[str, Any]:
 
 def _keys(images: torch.Tensor) -> list[str]:
     pixels = (images * 255).round()
-    if torch.equal(pixels / 255, images):  # pictures of 8 bits, which make a quarter of the bytes
+    if torch.equal(pixels / 255, images):  # 8-bit pictures: a quarter of the bytes to hash
         images = pixels.to(torch.uint8)
-    return [_digest(f"{image.dtype} {tuple(image.shape)}".encode() + _bytes(image)) for image in images.cpu()]
+    return [_checksum(image) for image in images.cpu()]
+
+
+def _checksum(tensor: torch.Tensor) -> str:
+    return _digest(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + _bytes(tensor))
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

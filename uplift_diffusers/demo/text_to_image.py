@@ -184,7 +184,7 @@ def create(job: Job, request: Request, *, pipeline: "UPLiFTTextToImagePipeline",
         )
         if any(output.nsfw_content_detected or ()):
             raise ValueError("the safety checker held the picture back. Try another seed or another prompt.")
-        small = space.decode(pipeline.vae, space.unscale(denoised.float()))
+        small = space.decode(pipeline.vae, space.denormalize(denoised.float()))
     job.advance("Decoding", 1)
     images = {"small": pipeline.image_processor.postprocess(small * 2 - 1)[0], "large": output.images[0]}
     panes = []

@@ -16,7 +16,7 @@ from uplift_diffusers.evaluation.digests import digest, digest_bytes, digest_con
 from uplift_diffusers.evaluation.metrics import to_bytes
 from uplift_diffusers.images.convert import resize
 from uplift_diffusers.images.files import find_image_files, open_image
-from uplift_diffusers.latent_space import Autoencoder, LatentSpace
+from uplift_diffusers.latent_space import Autoencoder, LatentCodec, LatentSpace
 from uplift_diffusers.pipelines.cfm_latent_upscale import CFMLatentUpscalePipeline
 from uplift_diffusers.pipelines.latent_upscale import UPLiFTLatentUpscalePipeline
 
@@ -120,11 +120,11 @@ def bilinear(vae: Autoencoder, space: LatentSpace) -> Method:
 
     def upscale(sample: Sample) -> torch.Tensor:
         if sample.latents is None:
-            raw_latents = space.encode(vae, to_tensor(sample.image).to(vae.device))
+            raw_latents = LatentCodec(vae, space).encode(to_tensor(sample.image).to(vae.device))
         else:
-            raw_latents = space.unscale(sample.latents.to(vae.device))
+            raw_latents = space.denormalize(sample.latents.to(vae.device))
         raw_latents = F.interpolate(raw_latents.float(), scale_factor=sample.scale, mode="bilinear")
-        return space.decode(vae, raw_latents)
+        return LatentCodec(vae, space).decode(raw_latents)
 
     return Method("bilinear", upscale, _settings("bilinear interpolation of the latents", space), {"vae": vae})
 
@@ -133,7 +133,7 @@ def vae_round_trip(vae: Autoencoder, space: LatentSpace) -> Method:
     """The photograph itself, encoded and decoded: the ceiling of everything that goes through the VAE."""
 
     def upscale(sample: Sample) -> torch.Tensor:
-        return space.decode(vae, space.encode(vae, sample.truth.to(vae.device)))
+        return LatentCodec(vae, space).decode(LatentCodec(vae, space).encode(sample.truth.to(vae.device)))
 
     return Method("vae", upscale, _settings("encoded and decoded", space), {"vae": vae})
 
@@ -241,7 +241,7 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def _decode(latents: torch.Tensor, vae: Autoencoder, space: LatentSpace) -> torch.Tensor:
-    return space.decode(vae, space.unscale(latents.to(vae.device, torch.float32)))
+    return LatentCodec(vae, space).decode(space.denormalize(latents.to(vae.device, torch.float32)))
 
 
 def _settings(method: str, space: LatentSpace) -> dict:

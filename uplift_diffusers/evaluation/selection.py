@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 from diffusers.utils.logging import disable_progress_bar
 
+from uplift_diffusers.cfm import euler_scheduler
 from uplift_diffusers.evaluation.digests import digest_weights
 from uplift_diffusers.evaluation.methods import (
     Method,
@@ -20,7 +21,6 @@ from uplift_diffusers.evaluation.methods import (
     pipeline_method,
     vae_round_trip,
 )
-from uplift_diffusers.flow_matching import euler_scheduler
 from uplift_diffusers.images.files import find_image_files
 from uplift_diffusers.latent_space import Autoencoder, LatentSpace
 from uplift_diffusers.models.upsampler import UPLiFTModel

@@ -14,7 +14,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 from uplift_diffusers.arguments import read_whole_number
-from uplift_diffusers.flow_matching import (
+from uplift_diffusers.cfm import (
     check_scheduler,
     check_unet,
     enlarge,

@@ -1,1 +1,1 @@
-"""Training: configuration, loss, loop and checkpoints."""
+"""Training: configurations, losses, the loop, checkpoints, cards."""

@@ -1,11 +1,17 @@
-"""Training state on disk: written whole or not at all, read back exactly, safetensors and JSON only."""
+"""Training state on disk: it appears whole or not at all, is checked by SHA-256, and is read back exactly."""
 
+import hashlib
 import json
+import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -13,17 +19,23 @@ from torch import nn
 
 PREFIX = "checkpoint-"
 STATE = "state.json"
+CHECKSUMS = "checksums.json"
+"""The SHA-256 of every other file of a checkpoint."""
 
 
 @dataclass(kw_only=True)
 class TrainingState:
     """
-    All that changes from step to step.
+    Everything that changes from step to step.
 
     Args:
-        scaler: of the gradients, with fp16 alone.
+        model: the trained network.
+        optimizer: Adam.
+        scheduler: of the learning rate.
+        ema: the moving average of the trained parameters, or None.
+        scaler: of the gradients, with fp16 only.
         step: optimiser steps taken.
-        logged_step: the last step that a line of the log was written after.
+        logged_step: the last step that has a line in the log.
         sums: of the losses since then, by name.
     """
 
@@ -39,76 +51,86 @@ class TrainingState:
 
 def save_checkpoint(output_dir: Path, state: TrainingState, *, settings: dict, keep: int) -> Path:
     """
-    Write `output_dir/checkpoint-<step>` under a temporary name, rename it, and drop all but the newest `keep`.
+    Write `output_dir/checkpoint-<step>`, and remove all but the newest `keep` checkpoints.
 
     Args:
         output_dir: the run's folder.
         state: what is written.
         settings: what the run depends on, JSON values by name, for `changed_settings`.
-        keep: see above.
+        keep: number of checkpoints that stay.
     Raises:
-        OSError: it cannot be written; the checkpoints that were there are as they were.
+        OSError: it cannot be written. The checkpoints that were there are unchanged.
     """
     final = output_dir / f"{PREFIX}{state.step}"
-    temporary = output_dir / f".{PREFIX}{state.step}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _write(temporary, state, settings)
+        with _folder_when_whole(final) as folder:
+            _write(folder, state, settings)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         there = list_checkpoints(output_dir)
         raise OSError(
             f"`{final}` cannot be written: {error}. "
             + (f"The last good one is {there[-1].name}; make room and resume from it." if there else "There is none.")
         ) from error
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
     for path in list_checkpoints(output_dir)[:-keep]:
         shutil.rmtree(path)
     return final
 
 
-def _write(folder: Path, state: TrainingState, settings: dict) -> None:
-    folder.mkdir(parents=True)
-    save_file(_contiguous(state.model.state_dict()), folder / "model.safetensors")
-    save_file(_optimizer_tensors(state.optimizer), folder / "optimizer.safetensors")
-    if state.ema is not None:
-        shadow = {str(index): tensor for index, tensor in enumerate(state.ema.shadow_params)}
-        save_file(_contiguous(shadow), folder / "ema.safetensors")
-    schedule = state.scheduler.state_dict()
-    content = {
-        "step": state.step,
-        "logged_step": state.logged_step,
-        "sums": {name: value.item() for name, value in state.sums.items()},
-        "scheduler": {name: value for name, value in schedule.items() if isinstance(value, (int, float, bool, list))},
-        "ema_step": None if state.ema is None else state.ema.optimization_step,
-        "scaler": None if state.scaler is None else state.scaler.state_dict(),
-        "bytes": {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))},
-        "settings": settings,
-    }
-    (folder / STATE).write_text(json.dumps(content, indent=2))
+def save_result(model: ModelMixin, output_dir: Path) -> None:
+    """`model.save_pretrained(output_dir)`, every file of it whole or not at all."""
+    temporary = output_dir / ".result.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    for path in sorted(temporary.iterdir()):
+        _sync(path)
+        path.replace(output_dir / path.name)
+    temporary.rmdir()
+    _sync(output_dir)
+
+
+def remove_partial_files(output_dir: Path) -> None:
+    """Remove what processes that were killed had not finished writing below `output_dir`."""
+    for path in output_dir.glob(".*.partial"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def load_checkpoint(path: Path, state: TrainingState) -> None:
-    """Put everything that `save_checkpoint` wrote into `state`."""
+    """
+    Put everything that `save_checkpoint` wrote into `state`.
+
+    Args:
+        path: from `find_checkpoint`, which checks it.
+        state: of a model and optimizer made with the same settings.
+    Raises:
+        ValueError: it was written for another model, other trained parameters, or without the moving average.
+    """
     content = json.loads((path / STATE).read_text())
-    state.model.load_state_dict(load_file(path / "model.safetensors"))
-    _load_optimizer_tensors(state.optimizer, load_file(path / "optimizer.safetensors"))
+    if state.ema is not None and content["ema_step"] is None:
+        raise ValueError(f"`{path}` holds no moving average. Resume with --no-use_ema or start again.")
+    try:
+        state.model.load_state_dict(load_file(path / "model.safetensors"))
+        _load_optimizer_tensors(state.optimizer, load_file(path / "optimizer.safetensors"))
+        if state.ema is not None:
+            shadow = load_file(path / "ema.safetensors")
+            for index, tensor in enumerate(state.ema.shadow_params):
+                tensor.copy_(shadow[str(index)])
+            state.ema.optimization_step = content["ema_step"]
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"`{path}` was written for another model: {' '.join(str(error).split()):.300}. "
+            "Resume with the settings that it was started with, or start again in another folder."
+        ) from error
     state.scheduler.load_state_dict(content["scheduler"])
     for group, rate in zip(state.optimizer.param_groups, state.scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
-    if state.ema is not None:
-        if content["ema_step"] is None:
-            raise ValueError(f"`{path}` holds no moving average. Resume with --no-use_ema or start afresh.")
-        shadow = load_file(path / "ema.safetensors")
-        for index, tensor in enumerate(state.ema.shadow_params):
-            tensor.copy_(shadow[str(index)])
-        state.ema.optimization_step = content["ema_step"]
-    if state.scaler is not None and content.get("scaler"):
+    if state.scaler is not None and content["scaler"]:
         state.scaler.load_state_dict(content["scaler"])
     state.step = content["step"]
-    state.logged_step = content.get("logged_step", state.step)  # older checkpoints lack it, and the sums
-    state.sums = {name: torch.tensor(value) for name, value in content.get("sums", {}).items()}
+    state.logged_step = content["logged_step"]
+    state.sums = {name: torch.tensor(value) for name, value in content["sums"].items()}
 
 
 def read_settings(path: Path) -> dict:
@@ -117,7 +139,7 @@ def read_settings(path: Path) -> dict:
 
 
 def changed_settings(path: Path, settings: dict) -> list[str]:
-    """`name: then -> now` for every setting that is not as it was when the checkpoint `path` was written."""
+    """`name: then -> now` for every setting that has changed since the checkpoint `path` was written."""
     then = read_settings(path)
     now = json.loads(json.dumps(settings))  # tuples become lists, as in the file
     return [f"{name}: {then[name]!r} -> {now[name]!r}" for name in now if name in then and then[name] != now[name]]
@@ -127,7 +149,7 @@ def set_aside_later_checkpoints(output_dir: Path, step: int) -> list[Path]:
     """Rename the checkpoints after `step` to abandoned-checkpoint-<step>, so that nothing resumes from them."""
     moved = []
     for path in list_checkpoints(output_dir):
-        if int(path.name.removeprefix(PREFIX)) > step:
+        if _step_of(path) > step:
             target = path.with_name(f"abandoned-{path.name}")
             shutil.rmtree(target, ignore_errors=True)
             moved.append(path.rename(target))
@@ -157,28 +179,113 @@ def find_checkpoint(output_dir: Path, request: str) -> tuple[Path | None, list[s
     if request == "latest":
         raise FileNotFoundError(
             f"`resume_from_checkpoint` is 'latest', but `{output_dir}` holds no usable checkpoint. "
-            "Say 'if-any' to start afresh in that case."
+            + "".join(f"{problem} " for problem in problems)
+            + "Pass 'if-any' to start from the beginning in that case."
         )
     return None, problems
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoint folders below `output_dir`, oldest first."""
-    numbered = [(path.name.removeprefix(PREFIX), path) for path in output_dir.glob(f"{PREFIX}*")]
-    return [path for number, path in sorted(((int(n), p) for n, p in numbered if n.isdigit()))]
+    return sorted((path for path in output_dir.glob(f"{PREFIX}*") if _step_of(path) is not None), key=_step_of)
+
+
+class AveragedWeights:
+    """Within it, the parameters hold their moving average."""
+
+    def __init__(self, ema: EMAModel | None, parameters: list[nn.Parameter]):
+        self.ema, self.parameters = ema, parameters
+
+    def __enter__(self) -> None:
+        if self.ema is not None:
+            self.ema.store(self.parameters)
+            self.ema.copy_to(self.parameters)
+
+    def __exit__(self, *exception) -> None:
+        if self.ema is not None:
+            self.ema.restore(self.parameters)
+
+
+def _write(folder: Path, state: TrainingState, settings: dict) -> None:
+    save_file(_contiguous(state.model.state_dict()), folder / "model.safetensors")
+    save_file(_optimizer_tensors(state.optimizer), folder / "optimizer.safetensors")
+    if state.ema is not None:
+        shadow = {str(index): tensor for index, tensor in enumerate(state.ema.shadow_params)}
+        save_file(_contiguous(shadow), folder / "ema.safetensors")
+    schedule = state.scheduler.state_dict()
+    content = {
+        "step": state.step,
+        "logged_step": state.logged_step,
+        "sums": {name: value.item() for name, value in state.sums.items()},
+        "scheduler": {name: value for name, value in schedule.items() if isinstance(value, (int, float, bool, list))},
+        "ema_step": None if state.ema is None else state.ema.optimization_step,
+        "scaler": None if state.scaler is None else state.scaler.state_dict(),
+        "settings": settings,
+    }
+    (folder / STATE).write_text(json.dumps(content, indent=2))
+    checksums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=2))
 
 
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, as a sentence, or None."""
     try:
-        sizes = json.loads((path / STATE).read_text())["bytes"]
-    except (OSError, ValueError, KeyError) as error:
+        checksums = json.loads((path / CHECKSUMS).read_text())
+        names = {"model.safetensors", "optimizer.safetensors", STATE, *checksums}
+        for name in sorted(names):
+            if not (path / name).is_file():
+                return f"`{path / name}` is missing."
+            if _sha256(path / name) != checksums[name]:
+                return f"`{path / name}` is damaged: its SHA-256 is not the one in {CHECKSUMS}."
+        step = json.loads((path / STATE).read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"`{path}` is not a checkpoint ({error})."
-    for name, expected in sizes.items():
-        actual = (path / name).stat().st_size if (path / name).exists() else 0
-        if actual != expected:
-            return f"`{path / name}` is damaged: {actual} of {expected} bytes."
+    named = _step_of(path)
+    if named is not None and named != step:
+        return f"`{path}` is damaged: it holds step {step}."
     return None
+
+
+def _step_of(path: Path) -> int | None:
+    """The step in the name of a checkpoint's folder; None if it has another name."""
+    match = re.fullmatch(rf"{PREFIX}(\d+)", path.name, re.ASCII)
+    return int(match[1]) if match else None
+
+
+# The one place that makes a folder appear whole; `replaced_when_whole` does the same for one file.
+@contextmanager
+def _folder_when_whole(final: Path) -> Iterator[Path]:
+    """An empty folder that becomes `final` at the end of the block, and vanishes if the block does not get there."""
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.iterdir():
+            _sync(path)
+        _sync(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -195,4 +302,8 @@ def _load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str,
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    shapes = {index: parameter.shape for index, parameter in enumerate(parameters)}
+    if any(shapes.get(index) != entry["exp_avg"].shape for index, entry in state.items()):
+        raise RuntimeError("Adam's averages belong to other parameters")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

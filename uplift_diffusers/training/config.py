@@ -5,22 +5,52 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import yaml
+from diffusers import ModelMixin
 from diffusers.optimization import SchedulerType
+from torch import nn
+
+if typing.TYPE_CHECKING:
+    from uplift_diffusers.training.monitoring import Validation
+
+PRECISIONS = ("auto", "no", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    What is trained.
+
+    Args:
+        model: the network that is trained, averaged and saved.
+        objective: holds `model`; `objective(images, generator=)` with images (B, 3, R, R) in [0, 1] returns a dict of
+            scalars whose `loss` is differentiable.
+        fit: sets, before the first step of a new run, what has a closed solution, from (N, 3, R, R) in [0, 1].
+        fit_crops: N.
+        validate: measures `model`.
+    """
+
+    model: ModelMixin
+    objective: nn.Module
+    fit: Callable[[torch.Tensor], None] | None = None
+    fit_crops: int = 200
+    validate: Callable[[], "Validation"] | None = None
 
 
 def option(default: typing.Any = dataclasses.MISSING, description: str = "") -> typing.Any:
-    """A dataclass field with the sentence that `--help` shows for it; without one, that of the class below it."""
+    """A dataclass field with the sentence that `--help` shows for it; without one, that of the parent class."""
     return dataclasses.field(default=default, metadata={"help": description})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """What every training run here needs, whatever it trains."""
+    """The settings of every training run, whatever it trains."""
 
     train_data_dir: str | None = option(None, "Folder of photographs, searched recursively; a .tar file or 'a/*.tar'.")
     dataset_name: str | None = option(None, "In place of train_data_dir: a Hugging Face dataset, or a folder of one.")
@@ -38,12 +68,14 @@ class TrainingConfig:
     max_train_steps: int | None = option(10_000, "Optimiser steps.")
     num_train_epochs: int | None = option(None, "Passes over the photographs, in place of max_train_steps.")
     learning_rate: float = option(1e-3, "Peak learning rate of Adam.")
+    adam_beta2: float = option(0.999, "Adam's decay of the squared gradients.")
     lr_scheduler: str = option("cosine", "diffusers' schedule: constant, constant_with_warmup, linear, cosine, ...")
     lr_warmup_steps: int = option(200, "Optimiser steps over which the learning rate rises from zero.")
+    lr_floor: float = option(0.0, "Share of the peak learning rate at which the cosine schedule ends.")
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
     use_ema: bool = option(True, "Keep an exponential moving average of the weights and save it as the result.")
     ema_decay: float = option(0.999, "Largest decay of the moving average (it warms up towards it).")
-    mixed_precision: str | None = option(None, "no, bf16 or fp16 (autocast); by default what accelerate is set to.")
+    mixed_precision: str = option("auto", "Autocast: no, bf16, fp16, or auto: what the machine is fastest in.")
     gradient_checkpointing: bool = option(False, "Compute activations a second time instead of keeping them.")
     dataloader_num_workers: int = option(0, "Worker processes that read photographs.")
     checkpointing_steps: int = option(500, "Optimiser steps between checkpoints.")
@@ -100,8 +132,10 @@ class TrainingConfig:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
-        if self.mixed_precision not in (None, "no", "bf16", "fp16"):
-            raise ValueError(f"`mixed_precision` must be no, bf16 or fp16, got {self.mixed_precision!r}.")
+        if self.mixed_precision not in PRECISIONS:
+            raise ValueError(
+                f"`mixed_precision` must be one of {', '.join(PRECISIONS)}, got {self.mixed_precision!r}."
+            )
         if self.report_to not in ("tensorboard", "wandb", "none"):
             raise ValueError(f"`report_to` must be tensorboard, wandb or none, got {self.report_to!r}.")
         schedules = [kind.value for kind in SchedulerType]
@@ -109,12 +143,19 @@ class TrainingConfig:
             raise ValueError(f"`lr_scheduler` must be one of {', '.join(schedules)}, got {self.lr_scheduler!r}.")
         if not self.max_reduction >= 1:
             raise ValueError(f"`max_reduction` must be at least 1, got {self.max_reduction}.")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"`ema_decay` must be in [0, 1), got {self.ema_decay}.")
+        for name in ("ema_decay", "adam_beta2", "lr_floor"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
+        if self.lr_floor and self.lr_scheduler != "cosine":
+            raise ValueError(f"`lr_floor` must be 0 unless `lr_scheduler` is cosine, got {self.lr_floor}.")
+
+    def open_task(self, device: torch.device) -> AbstractContextManager[Task]:
+        """What these settings train, on `device`, for the duration of a `with` block."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it trains.")
 
 
 STEPS_OR_EPOCHS = {"max_train_steps": "num_train_epochs", "validation_steps": "validation_epochs"}
-"""Settings that stand for each other: to give one is to drop the other's default. Steps win where both are given."""
+"""Giving one of a pair drops the default of the other. Steps win if both are given."""
 
 Config = typing.TypeVar("Config", bound=TrainingConfig)
 
@@ -173,6 +214,27 @@ def parse_config(
         parser.error(str(error))
 
 
+def parse_choices(
+    choices: Mapping[str, tuple[str, ...]], arguments: list[str] | None = None
+) -> tuple[dict[str, str], dict[str, typing.Any], list[str]]:
+    """
+    Read the flags that select a configuration, from the command line or the file that --config names.
+
+    Args:
+        choices: the values that each flag may have, by name; the first one is the default.
+        arguments: the flags; by default those of this process.
+    Returns:
+        The choices made, and the other settings of the file and the other flags, for `parse_config`.
+    """
+    settings, arguments = take_config_file(arguments)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name, values in choices.items():
+        parser.add_argument(f"--{name}", choices=values, default=values[0])
+    from_file = [f"--{name}={settings.pop(name)}" for name in choices if name in settings]
+    known, rest = parser.parse_known_args([*from_file, *arguments])
+    return vars(known), settings, rest
+
+
 def take_config_file(arguments: list[str] | None = None) -> tuple[dict[str, typing.Any], list[str]]:
     """
     What the YAML file named by --config says, and the other arguments.
@@ -196,7 +258,7 @@ def take_config_file(arguments: list[str] | None = None) -> tuple[dict[str, typi
 
 
 def _as_flags(name: str, value: typing.Any, *, is_switch: bool) -> list[str]:
-    """The flags that say what a line of a YAML file says; argparse then converts and checks their values alike."""
+    """The flags that stand for a line of a YAML file, so that argparse checks both in the same way."""
     if is_switch:
         if not isinstance(value, bool):
             raise ValueError(f"`{name}` must be true or false, got {value!r}.")

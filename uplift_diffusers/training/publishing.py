@@ -1,6 +1,7 @@
-"""What stands beside a trained model: a card that says how it came about, and the way to the hub."""
+"""The model card of a trained model, and its upload to the hub."""
 
 import dataclasses
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,20 @@ import diffusers
 import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
+from diffusers.utils.logging import get_logger
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 
 from uplift_diffusers._version import __version__
 from uplift_diffusers.runtime import device_name
+from uplift_diffusers.saving import replaced_when_whole
 from uplift_diffusers.training.checkpoints import list_checkpoints, read_settings
 from uplift_diffusers.training.config import TrainingConfig
-from uplift_diffusers.training.logs import METRICS, read_metrics
+from uplift_diffusers.training.monitoring import METRICS, read_metrics
+
+logger = get_logger(__name__)
 
 PUBLISHED = ["README.md", "config.json", "diffusion_pytorch_model*.safetensors*", METRICS]
-"""What goes to the hub: neither checkpoints nor validation pictures, which are other people's photographs."""
+"""What goes to the hub: no checkpoints, and no validation pictures, which are other people's photographs."""
 
 _NOT_A_RECIPE = {
     "output_dir",
@@ -75,7 +80,7 @@ def create_repository(config: TrainingConfig) -> str | None:
     """
     Create the repository that the result will go to, if it is to go to one, and return its name.
 
-    To be called before training, so that a missing permission is told before the work and not after it.
+    Called before training, so that a missing permission ends the run before the work.
     """
     if not config.push_to_hub:
         return None
@@ -87,20 +92,19 @@ def publish(
     model: ModelMixin, config: TrainingConfig, *, accelerator: Accelerator, command: str, repository: str | None
 ) -> None:
     """
-    Write the model card of a run that is at its end, and upload the result.
+    Write the model card of a finished run, and upload the result.
 
     Args:
         model: what was trained.
-        config: what it was trained with.
-        accelerator: knows the hardware.
+        config: the settings it was trained with.
+        accelerator: the accelerator of the run.
         command: the command without the flags that follow from `config`.
-        repository: what `create_repository` returned.
+        repository: from `create_repository`; None does not upload.
     """
     output_dir = Path(config.output_dir)
     card = model_card(model, config, accelerator=accelerator, command=command, repository=repository)
-    temporary = output_dir / ".README.partial"
-    card.save(temporary)
-    temporary.replace(output_dir / "README.md")
+    with replaced_when_whole(output_dir / "README.md") as file:
+        file.write(str(card).encode())
     if repository is not None:
         upload_folder(
             repo_id=repository,
@@ -109,25 +113,30 @@ def publish(
             commit_message=f"{type(model).__name__} of uplift-diffusers {__version__}",
             token=config.hub_token,
         )
-        print(f"Published as {repository}.")
+        logger.info(f"Published as {repository}.")
 
 
 def model_card(
     model: ModelMixin, config: TrainingConfig, *, accelerator: Accelerator, command: str, repository: str | None
 ) -> ModelCard:
-    """The card of a run that is at its end, from what its last checkpoint and its log say."""
+    """The card of a finished run, from its last checkpoint and its log."""
     output_dir = Path(config.output_dir)
     settings, records = read_settings(list_checkpoints(output_dir)[-1]), read_metrics(output_dir)
     recipe = {name: value for name, value in settings.items() if value is not None and name not in _NOT_A_RECIPE}
     source = settings["train_data_dir"] or settings["dataset_name"]
     title = repository or output_dir.resolve().name
     data = ModelCardData(
-        library_name="diffusers", license=config.license, tags=["uplift-diffusers", "super-resolution"]
+        library_name="diffusers",
+        pipeline_tag="image-to-image",
+        base_model=_hub_id(settings.get("vae")),
+        datasets=_hub_id(settings["dataset_name"]),
+        license=config.license,
+        tags=["uplift-diffusers", "super-resolution"],
     )
     body = _CARD.format(
         title=title.rpartition("/")[2],
         kind=type(model).__name__,
-        package=type(model).__module__.partition(".")[0],
+        package=_public_module(model),
         repository=title,
         parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         steps=records[-1]["step"],
@@ -137,13 +146,13 @@ def model_card(
         metrics=_metrics(records),
         hardware=_hardware(accelerator, settings, records),
         license=config.license
-        or "Not declared. What it can be depends on the photographs: fill it in here and above.",
+        or "Not declared. Which licence is possible depends on the photographs: fill it in here and above.",
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{body}", ignore_metadata_errors=True)
 
 
 def _flags(config: TrainingConfig) -> list[str]:
-    """The flags that make `config` of its class's defaults, but for those that change nothing in the result."""
+    """The flags that turn the defaults into `config`, without those that change nothing in the result."""
     flags = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -155,6 +164,18 @@ def _flags(config: TrainingConfig) -> list[str]:
             values = value if isinstance(value, tuple) else (value,)
             flags.append(" ".join([f"--{field.name}", *(str(_public(item)) for item in values)]))
     return flags
+
+
+def _public_module(model: ModelMixin) -> str:
+    """Where to import the class of `model` from: its package, or its module if the package does not export it."""
+    module = type(model).__module__
+    package = module.partition(".")[0]
+    return package if hasattr(importlib.import_module(package), type(model).__name__) else module
+
+
+def _hub_id(name: str | None) -> str | None:
+    """`name` if it is a repository on the hub and not a folder on this machine."""
+    return None if name is None or Path(name).exists() else name
 
 
 def _public(value: Any) -> Any:

@@ -1,19 +1,42 @@
 """Recipes: what `train_latent.py` trains, by which method, and with which settings."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
-from uplift_diffusers.training.config import TrainingConfig, option
-from uplift_diffusers.training.unets import UNETS
+import torch
+
+from uplift_diffusers.cfm import (
+    UNETS,
+    FlowMatchingObjective,
+    euler_scheduler,
+    latent_multiple,
+    make_unet,
+    name_latents,
+)
+from uplift_diffusers.data.latent_cache import LatentCache
+from uplift_diffusers.data.pyramid import image_pyramid
+from uplift_diffusers.latent_space import Autoencoder, LatentCodec, LatentSpace
+from uplift_diffusers.loading import load_vae
+from uplift_diffusers.models.upsampler import UPLiFTModel
+from uplift_diffusers.pipelines.cfm_latent_upscale import CFMLatentUpscalePipeline
+from uplift_diffusers.training.config import Task, TrainingConfig, option, parse_choices, parse_config
+from uplift_diffusers.training.losses import MultiDepthObjective, run_upsampler
+from uplift_diffusers.training.monitoring import UpsamplerValidation
+from uplift_diffusers.training.pixel_stage import PixelObjective, PixelStageModel, PixelValidation, load_stem
+
+CFM_VALIDATION_STEPS = 4
+"""Euler steps in validation: enough to follow a training, and cheap."""
+
+VALIDATION_QUALITIES = (90, 75)
+"""JPEG qualities that are validated where the training has degraded inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentTrainingConfig(TrainingConfig):
-    """
-    What every method needs that is trained on the latents of a VAE; data and size are the paper's for SD1.5.
-
-    A configuration names its `method`, which `uplift_diffusers.training.methods` looks at.
-    """
+    """The settings of every method that works on the latents of a VAE; data and size are the paper's for SD1.5."""
 
     vae: str = option(
         "stable-diffusion-v1-5/stable-diffusion-v1-5", "A VAE, or a pipeline that has one: a local folder or a hub id."
@@ -37,10 +60,33 @@ class LatentTrainingConfig(TrainingConfig):
         if not self.depths or min(self.depths) < 1 or len(set(self.depths)) != len(self.depths):
             raise ValueError(f"`depths` must be different whole numbers of at least 1, got {self.depths}.")
 
+    @contextmanager
+    def open_task(self, device: torch.device) -> Iterator[Task]:
+        """
+        Load the VAE and make a new model for its latents.
+
+        Raises:
+            OSError: the VAE cannot be loaded, or the latent cache not be written.
+            ValueError: the crops do not suit the model.
+        """
+        vae = load_vae(self.vae).to(device)
+        space = LatentSpace.of(vae, self.latent_space)
+        cache = LatentCache(self.latent_cache_dir, vae, space) if self.latent_cache_dir is not None else nullcontext()
+        with cache as opened:
+            yield self.make_task(vae, space, cache=opened)
+
+    def make_task(self, vae: Autoencoder, space: LatentSpace, *, cache: LatentCache | None = None) -> Task:
+        """A new model for the latents of `vae` and what it minimises."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it trains.")
+
+    def _check_resolution(self, multiple: int, reason: str) -> None:
+        if self.resolution % multiple:
+            raise ValueError(f"`resolution` must be a multiple of {multiple} for {reason}, got {self.resolution}.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedDefaults(LatentTrainingConfig):
-    """Data and schedule of whatever is trained for the embedded bundle: small enough for a laptop."""
+    """Data and schedule of the embedded bundle and its baselines: small enough for a laptop."""
 
     vae: str = option(description="The embedded autoencoder: a local folder.")
     resolution: int = option(192)
@@ -50,14 +96,12 @@ class EmbeddedDefaults(LatentTrainingConfig):
     max_train_steps: int | None = option(6_000)
     num_train_epochs: int | None = option(None)
     learning_rate: float = option(7e-4)
-    mixed_precision: str = option("bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpsamplerTrainingConfig(LatentTrainingConfig):
     """The paper's recipe for the SD1.5 VAE: every depth in every step, L2 on every intermediate result."""
 
-    method: ClassVar[str] = "uplift"
     model_settings: ClassVar[dict] = {}
     """Constructor arguments of UPLiFTModel; `latent_channels`, `spatial_factor` and `latent_space` are the VAE's."""
 
@@ -67,15 +111,66 @@ class UpsamplerTrainingConfig(LatentTrainingConfig):
     depths: tuple[int, ...] = option((1, 2, 3, 4), "Depths d: from 1/2^d of the resolution in d steps of 2x.")
     latent_noise: float = option(1.0, "Deviation of the noise added to the starting latents, in raw units.")
     pixel_weight: float = option(0.0, "Weight of the L1 loss between a decoded last step and the image.")
-    jpeg_probability: float = option(0.0, "Share of the starting images that are JPEG-compressed; targets stay clean.")
+    initial_stem: str | None = option(None, "Result of --stage pixels, whose stem the encoder starts from.")
+    degraded_probability: float = option(0.0, "Share of the starting images with JPEG damage, noise or blur.")
 
     def __post_init__(self):
         super().__post_init__()
         for name in ("latent_noise", "pixel_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
-        if not 0 <= self.jpeg_probability <= 1:
-            raise ValueError(f"`jpeg_probability` must be in [0, 1], got {self.jpeg_probability}.")
+        check_probability("degraded_probability", self.degraded_probability)
+
+    def make_task(self, vae: Autoencoder, space: LatentSpace, *, cache: LatentCache | None = None) -> Task:
+        """A new UPLiFTModel, with its linear part to be fitted before the training."""
+        self._check_resolution(space.spatial_factor * 2 ** max(self.depths), f"depth {max(self.depths)}")
+        settings = dict(self.model_settings)
+        stage = None
+        if self.initial_stem is not None:
+            stage = load_stem(self.initial_stem)
+            settings["encoder_stem_channels"] = stage.config.stem_channels
+            settings["encoder_stem_layers"] = stage.config.stem_layers
+            if stage.config.denoise_channel:
+                settings["denoise_channel"] = True
+        model = UPLiFTModel(
+            **settings,
+            latent_channels=space.channels,
+            spatial_factor=space.spatial_factor,
+            latent_space=space.name,
+        )
+        if stage is not None:
+            _start_from(stage, model)
+        objective = MultiDepthObjective(
+            model,
+            vae,
+            space,
+            depths=self.depths,
+            latent_noise=self.latent_noise,
+            pixel_weight=self.pixel_weight,
+            degraded_probability=self.degraded_probability,
+            cache=cache,
+        )
+
+        def upsample(
+            image: torch.Tensor, depth: int, denoise: torch.Tensor, generator: torch.Generator
+        ) -> torch.Tensor:
+            latents = LatentCodec(vae, space).encode(image)
+            settings = {"num_steps": depth, "generator": generator}
+            return run_upsampler(model, latents, image=image, denoise=denoise, **settings).sample
+
+        @torch.no_grad()
+        def fit(crops: torch.Tensor) -> None:
+            pairs = []
+            for images in crops.split(8):
+                pyramid = image_pyramid(images, 2)
+                pairs += [(small, LatentCodec(vae, space).encode(large)) for large, small in pairwise(pyramid)]
+            model.estimator.fit(pairs)
+
+        validate = None
+        if self.validation_data_dir is not None:
+            qualities = VALIDATION_QUALITIES if self.degraded_probability else ()
+            validate = UpsamplerValidation(upsample, vae, space, self.validation_data_dir, jpeg_qualities=qualities)
+        return Task(model, objective, fit=fit if model.estimator is not None else None, validate=validate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,12 +202,11 @@ class EmbeddedTrainingConfig(EmbeddedDefaults, UpsamplerTrainingConfig):
 
 LIFT_SETTINGS = {"neighborhood": None, "reencode_image": True, "image_residual": False}
 """
-What makes an UPLiFTModel a LiFT: no Local Attender, and the image is encoded anew, magnified, at every step.
+What makes an UPLiFTModel a LiFT: no Local Attender, and the image is magnified and encoded again at every step.
 
-With the depth of 1 in training these are the differences that the UPLiFT paper names. The image residual of the
-embedded recipe is ours and in neither paper, and stays out of the baseline, whose refiner adds its input to its output
-instead. The rest, the refiner included, is that of the UPLiFT of the same recipe, so that the two compare at nearly
-the same size.
+With the training depth of 1 these are the differences that the UPLiFT paper names. The image residual of the embedded
+recipe is in neither paper, so the baseline has none; its refiner adds its input to its output instead. Everything else
+is as in the UPLiFT of the same recipe, so that the two are nearly of the same size.
 Source: Walmer et al. 2026, figure 2 and section 3; Suri et al. 2024.
 """
 
@@ -121,7 +215,6 @@ Source: Walmer et al. 2026, figure 2 and section 3; Suri et al. 2024.
 class LiFTTrainingConfig(UpsamplerTrainingConfig):
     """LiFT for the SD1.5 VAE: trained to take one step, which is repeated for more."""
 
-    method: ClassVar[str] = "lift"
     model_settings: ClassVar[dict] = {**UpsamplerTrainingConfig.model_settings, **LIFT_SETTINGS}
 
     depths: tuple[int, ...] = option((1,))
@@ -131,7 +224,6 @@ class LiFTTrainingConfig(UpsamplerTrainingConfig):
 class EmbeddedLiFTTrainingConfig(EmbeddedTrainingConfig):
     """LiFT on the data and schedule of the embedded bundle."""
 
-    method: ClassVar[str] = "lift"
     model_settings: ClassVar[dict] = {
         **EmbeddedTrainingConfig.model_settings,
         **LIFT_SETTINGS,
@@ -145,8 +237,6 @@ class EmbeddedLiFTTrainingConfig(EmbeddedTrainingConfig):
 class CFMTrainingConfig(LatentTrainingConfig):
     """Coupling Flow Matching for the SD1.5 VAE; learning rate, warm-up and moving average as its authors have them."""
 
-    method: ClassVar[str] = "cfm"
-
     learning_rate: float = option(3e-5)
     lr_scheduler: str = option("constant_with_warmup")
     lr_warmup_steps: int = option(1000)
@@ -157,12 +247,75 @@ class CFMTrainingConfig(LatentTrainingConfig):
         if self.unet not in UNETS:
             raise ValueError(f"`unet` must be one of {tuple(UNETS)}, got {self.unet!r}.")
 
+    def make_task(self, vae: Autoencoder, space: LatentSpace, *, cache: LatentCache | None = None) -> Task:
+        """A new U-Net, validated in `CFM_VALIDATION_STEPS` Euler steps."""
+        model = make_unet(self.unet, space.channels)
+        self._check_resolution(space.spatial_factor * latent_multiple(model), f"the U-Net {self.unet!r}")
+        name_latents(model, space)
+        objective = FlowMatchingObjective(model, vae, space, depths=self.depths, cache=cache)
+        pipeline = CFMLatentUpscalePipeline(vae, model, euler_scheduler(), latent_space=self.latent_space)
+        pipeline.set_progress_bar_config(disable=True)
+
+        def upsample(
+            image: torch.Tensor, depth: int, denoise: torch.Tensor, generator: torch.Generator
+        ) -> torch.Tensor:
+            settings = {"num_inference_steps": CFM_VALIDATION_STEPS, "generator": generator}
+            return space.denormalize(pipeline(image=image, scale=2**depth, output_type="latent", **settings).images)
+
+        validate = None
+        if self.validation_data_dir is not None:
+            validate = UpsamplerValidation(upsample, vae, space, self.validation_data_dir)
+        return Task(model, objective, validate=validate)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedCFMTrainingConfig(EmbeddedDefaults, CFMTrainingConfig):
     """Coupling Flow Matching on the data and schedule of the embedded bundle."""
 
     unet: str = option("same-time")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelTrainingConfig(TrainingConfig):
+    """The first stage of the embedded recipe, `--stage pixels`: the encoder's stem, trained on pixels."""
+
+    resolution: int = option(192, "Edge of the 4x crops in pixels; those of 2x have half of it.")
+    max_reduction: float = option(2.0)
+    train_batch_size: int = option(13)
+    batch_4x: int = option(5, "Images of a batch that are enlarged four times; the others are enlarged twice.")
+    max_train_steps: int | None = option(20_000)
+    adam_beta2: float = option(0.99)
+    lr_floor: float = option(0.02)
+    max_grad_norm: float = option(0.3)
+    degraded_probability: float = option(0.45, "Share of the inputs with JPEG damage, noise or blur.")
+    stem_channels: int = option(48, "Width of the stem.")
+    stem_layers: int = option(10, "Residual blocks of the stem, of two 3x3 convolutions each.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_probability("degraded_probability", self.degraded_probability)
+        if self.resolution % 4:
+            raise ValueError(f"`resolution` must be a multiple of 4, got {self.resolution}.")
+        if not self.random_crop:
+            raise ValueError("`random_crop` must be on in the pixel stage: its inputs are crops at their own size.")
+        if not 1 <= self.batch_4x < self.train_batch_size:
+            raise ValueError(
+                f"`batch_4x` must be at least 1 and below `train_batch_size`, got {self.batch_4x} and "
+                f"{self.train_batch_size}."
+            )
+        for name in ("stem_channels", "stem_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+
+    @contextmanager
+    def open_task(self, device: torch.device) -> Iterator[Task]:
+        """A new stem with its two heads."""
+        model = PixelStageModel(stem_channels=self.stem_channels, stem_layers=self.stem_layers)
+        objective = PixelObjective(model, batch_4x=self.batch_4x, degraded_probability=self.degraded_probability)
+        validate = None
+        if self.validation_data_dir is not None:
+            validate = PixelValidation(model, self.validation_data_dir, jpeg_qualities=VALIDATION_QUALITIES)
+        yield Task(model, objective, validate=validate)
 
 
 RECIPES: dict[str, dict[str, type[LatentTrainingConfig]]] = {
@@ -174,3 +327,51 @@ RECIPES: dict[str, dict[str, type[LatentTrainingConfig]]] = {
     },
 }
 """Configurations by `--recipe` and `--method`."""
+
+
+def parse_recipe(arguments: list[str] | None = None) -> tuple[TrainingConfig, str]:
+    """
+    The configuration that the command line names, by default that of the process, and the command that selects it.
+
+    Raises:
+        OSError: the file that --config names cannot be read.
+        ValueError: it is not a mapping in YAML, or the recipe has no such stage.
+        SystemExit: a flag is wrong.
+    """
+    choices = {"recipe": tuple(RECIPES), "method": tuple(RECIPES["sd15"]), "stage": ("upsampler", "pixels")}
+    chosen, settings, rest = parse_choices(choices, arguments)
+    config_class: type[TrainingConfig] = RECIPES[chosen["recipe"]][chosen["method"]]
+    if chosen["stage"] == "pixels":
+        if config_class is not EmbeddedTrainingConfig:
+            raise ValueError(
+                "`stage` must be upsampler unless the recipe is embedded and the method uplift, got pixels for "
+                f"{chosen['recipe']}, {chosen['method']}."
+            )
+        config_class = PixelTrainingConfig
+    config = parse_config(
+        config_class,
+        rest,
+        settings=settings,
+        description="Train an upsampler of the latents of a VAE. "
+        + "; ".join(f"--{name} {' | '.join(values)}" for name, values in choices.items())
+        + f". The settings of {', '.join(chosen.values())}:",
+    )
+    flags = [f"--{name} {value}" for name, value in chosen.items() if (name, value) != ("stage", "upsampler")]
+    return config, " ".join(["accelerate launch train_latent.py", *flags])
+
+
+def check_probability(name: str, value: float) -> None:
+    """Raise ValueError unless `value` is in [0, 1]."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"`{name}` must be in [0, 1], got {value}.")
+
+
+def _start_from(stage: PixelStageModel, model: UPLiFTModel) -> None:
+    """Give the stem of the encoder of `model` the weights of the pixel stage."""
+    names = {"convs_per_block": "encoder_convs_per_block", "norm_type": "norm_type"}
+    names["image_normalization"] = "image_normalization"
+    for name, name_there in names.items():
+        expected, actual = model.config[name_there], stage.config[name]
+        if actual != expected:
+            raise ValueError(f"`initial_stem` must have {name}={expected!r} for this recipe, got {actual!r}.")
+    model.encoder.stem.load_state_dict(stage.stem.state_dict())

@@ -1,0 +1,121 @@
+"""Multi-depth self-supervised reconstruction: every 2x step against the latents of the image at that size."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from uplift_diffusers.data.degradation import degrade
+from uplift_diffusers.data.latent_cache import LatentCache
+from uplift_diffusers.data.pyramid import encode_pyramid, image_pyramid
+from uplift_diffusers.latent_space import Autoencoder, LatentCodec, LatentSpace
+from uplift_diffusers.models.upsampler import UPLiFTModel, UPLiFTOutput
+
+
+class MultiDepthObjective(nn.Module):
+    """
+    The sum over depths d and steps k of mean((step_k - latents of the image at that size)^2).
+
+    For every depth d the model starts from the latents and the image at 1/2^d of the resolution and takes d steps.
+    With `pixel_weight`, the last step of one depth, drawn at random, is also decoded and compared with the image (L1
+    on [0, 1]). Degraded starting images teach the model to clean them: the targets stay clean.
+
+    Args:
+        model: what is trained.
+        vae: frozen; its latents are the targets.
+        space: the VAE's latent space.
+        depths: the depths d, each at least 1.
+        latent_noise: standard deviation of the noise added to the starting latents, in raw units.
+        pixel_weight: weight of the loss in decoded pixels, for a VAE that is cheap to decode.
+        degraded_probability: share of the starting images that `degrade` degrades.
+        cache: stored latents of that VAE.
+    Source: Walmer et al. 2026, section 3.3, equations for L_simple and L_d.
+    """
+
+    def __init__(
+        self,
+        model: UPLiFTModel,
+        vae: Autoencoder,
+        space: LatentSpace,
+        *,
+        depths: tuple[int, ...],
+        latent_noise: float,
+        pixel_weight: float = 0.0,
+        degraded_probability: float = 0.0,
+        cache: LatentCache | None = None,
+    ):
+        super().__init__()
+        self.model = model
+        self.vae = vae.eval().requires_grad_(False)
+        self.codec = LatentCodec(self.vae, space)
+        self.depths = depths
+        self.latent_noise = latent_noise
+        self.pixel_weight = pixel_weight
+        self.degraded_probability = degraded_probability
+        self.cache = cache
+
+    def forward(self, images: torch.Tensor, *, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """
+        Compute the losses of a batch.
+
+        Args:
+            images: (B, 3, R, R) in [0, 1], R a multiple of spatial_factor * 2^max(depths).
+            generator: everything random is drawn from it.
+        Returns:
+            `loss`, and its parts: `loss_d<d>`, the latent terms of each depth, and `pixel`, the L1 in decoded pixels.
+        """
+        pyramid = image_pyramid(images, max(self.depths))
+        targets = encode_pyramid(self.codec, pyramid, cache=self.cache)
+
+        drawn = int(torch.randint(len(self.depths), (), generator=generator))
+        decoded_depth = self.depths[drawn] if self.pixel_weight else None
+        losses = {}
+        for depth in self.depths:
+            image, start, denoise = self._start(pyramid[depth], targets[depth], generator)
+            noise = torch.randn(start.shape, generator=generator).to(start)
+            steps = run_upsampler(
+                self.model,
+                start + self.latent_noise * noise,
+                image=image,
+                denoise=denoise,
+                num_steps=depth,
+                generator=generator,
+                return_steps=True,
+            ).steps
+            losses[f"loss_d{depth}"] = sum(
+                F.mse_loss(step.float(), targets[depth - 1 - index]) for index, step in enumerate(steps)
+            )
+            if depth == decoded_depth:
+                # Not clamped: a gradient must flow back from values beyond the range.
+                decoded = self.vae.decode(self.codec.native(steps[-1])).sample.float() / 2 + 0.5
+                losses["pixel"] = F.l1_loss(decoded, images)
+        losses["loss"] = sum(value * (self.pixel_weight if name == "pixel" else 1.0) for name, value in losses.items())
+        return losses
+
+    def _start(
+        self, image: torch.Tensor, latents: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The image (B, 3, r, r) that a depth starts from, its latents, and (B,) how much there is to clean."""
+        if not self.degraded_probability:
+            return image, latents, image.new_zeros(len(image))
+        image, denoise = degrade(image, probability=self.degraded_probability, generator=generator)
+        degraded = denoise > 0
+        if degraded.any():
+            latents = latents.clone()
+            latents[degraded] = encode_pyramid(self.codec, [image[degraded]])[0]
+        return image, latents, denoise
+
+
+def run_upsampler(
+    model: UPLiFTModel, raw_latents: torch.Tensor, *, image: torch.Tensor, denoise: torch.Tensor, **settings: Any
+) -> UPLiFTOutput:
+    """`model(raw_latents, image=image, ...)`, with `denoise` (B,) in [0, 1] if the model has a channel for it."""
+    if model.config.get("denoise_channel", False):
+        settings["denoise"] = denoise
+    return model(raw_latents, image=image, **settings)
+
+
+def psnr_from_mse(mse: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB from a mean squared error over values in [0, 1]."""
+    return -10 * torch.log10(mse.clamp_min(1e-10))
