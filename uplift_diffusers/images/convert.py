@@ -178,6 +178,22 @@ def interpolate(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(image, size=size, mode="bicubic", antialias=True)
 
 
+def missing_detail(image: torch.Tensor, enlarged: torch.Tensor) -> torch.Tensor:
+    """
+    What an image has and its enlargement, reduced, lacks: up(x - reduce(y)).
+
+    Both interpolations are bicubic, the reduction antialiased. They reach two pixels of the image to each side each.
+
+    Args:
+        image: x, (B, 3, H, W).
+        enlarged: y, (B, 3, s * H, s * W), s whole.
+    Returns:
+        (B, 3, s * H, s * W).
+    """
+    missing = image.to(enlarged) - interpolate(enlarged, (image.shape[2], image.shape[3]))
+    return F.interpolate(missing, size=(enlarged.shape[2], enlarged.shape[3]), mode="bicubic")
+
+
 def pad_to_multiple(image: torch.Tensor, factor: int) -> torch.Tensor:
     """Extend (B, C, H, W) to the right and below, by its last pixels, to whole multiples of `factor`."""
     height, width = image.shape[2:]

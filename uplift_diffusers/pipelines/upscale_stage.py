@@ -3,12 +3,11 @@
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from diffusers.utils.torch_utils import is_compiled_module
 
 from uplift_diffusers.arguments import read_number, read_whole_number
-from uplift_diffusers.images.convert import interpolate
+from uplift_diffusers.images.convert import interpolate, missing_detail
 from uplift_diffusers.latent_space import LatentCodec, LatentSpace
 from uplift_diffusers.models.upsampler import Generator, UPLiFTModel
 from uplift_diffusers.scale import num_steps_for_scale, scaled_size
@@ -274,7 +273,7 @@ def make_consistent(
     if strength == 0:
         yield from strips
         return
-    height, width = image.shape[2:]
+    height = image.shape[2]
     pending, top, done = None, 0, 0  # rows of y from row factor * top of it on; rows of the image that are done
     for strip in strips:
         pending = strip if pending is None else torch.cat([pending, strip], dim=2)
@@ -284,8 +283,7 @@ def make_consistent(
             continue
         first, last = max(done - CONSISTENCY_REACH, 0), min(ready + CONSISTENCY_REACH, height)
         part = pending[:, :, (first - top) * factor : (last - top) * factor]
-        missing = image[:, :, first:last].to(part) - interpolate(part, (last - first, width))
-        missing = F.interpolate(missing, scale_factor=factor, mode="bicubic")
+        missing = missing_detail(image[:, :, first:last], part)
         rows = slice((done - first) * factor, (ready - first) * factor)
         yield torch.add(part[:, :, rows], missing[:, :, rows], alpha=strength).clamp_(0, 1)
         done, keep = ready, max(ready - CONSISTENCY_REACH, 0)
