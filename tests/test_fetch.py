@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from uplift_diffusers.cli import main
+from uplift_diffusers.cli.main import main
 from uplift_diffusers.data import unsplash
 from uplift_diffusers.data.downloads import Failed, ImageDownloader, parse_retry_after
 from uplift_diffusers.data.unsplash import Photo, fetch_photos, read_photos
