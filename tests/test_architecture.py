@@ -6,13 +6,14 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "uplift_diffusers"
 
 LAYERS = [
-    {"_version", "runtime", "scale"},
+    {"_version", "runtime", "scale", "wording"},
     {"images", "image_files"},
     {"models"},
     {"tiling"},
     {"latent_space", "feature_space"},
-    {"loading", "flow_matching", "cfm"},
+    {"flow_matching", "cfm"},
     {"pipelines", "data"},
+    {"loading"},
     {"embedded", "training"},
     {"evaluation"},
     {"cli", "demo", "__main__"},

@@ -398,6 +398,6 @@ def test_interrupted_it_leaves_no_files_and_exits_cleanly(tmp_path):
 
 
 def test_importing_the_command_line_costs_neither_torch_nor_gradio():
-    code = "import sys, uplift_diffusers.demo.cli; print({'torch', 'gradio', 'diffusers'} & set(sys.modules))"
+    code = "import sys, uplift_diffusers.demo.app; print({'torch', 'gradio', 'diffusers'} & set(sys.modules))"
     output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert output.strip() == "set()"

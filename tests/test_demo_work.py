@@ -13,17 +13,17 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from tests.components import make_local_vae, make_upsampler, smooth_images, stable_diffusion_components
 from uplift_diffusers import UPLiFTSuperResolutionPipeline, UPLiFTTextToImagePipeline
-from uplift_diffusers.demo.cli import main
-from uplift_diffusers.demo.pictures import compare_methods, preview
-from uplift_diffusers.demo.text_to_image import Request, Source, create
-from uplift_diffusers.demo.workshop import StoppedError, Workshop
+from uplift_diffusers.demo.app import main
+from uplift_diffusers.demo.jobs import JobQueue, StoppedError
+from uplift_diffusers.demo.weights import Source
+from uplift_diffusers.demo.work import Request, compare_methods, create, preview
 
 LIMIT = 10**9
 
 
 @pytest.fixture
-def workshop(tmp_path):
-    opened = Workshop(tmp_path)
+def jobs(tmp_path):
+    opened = JobQueue(tmp_path)
     yield opened
     opened.close()
 
@@ -32,14 +32,14 @@ def ignore(fraction, sentence):
     pass
 
 
-def do(workshop, work):
+def do(jobs, work):
     """The outcome of one job, and what it reported."""
     reports = []
-    outcome = asyncio.run(workshop.run(work, visitor="somebody", report=lambda *report: reports.append(report)))
+    outcome = asyncio.run(jobs.run(work, visitor="somebody", report=lambda *report: reports.append(report)))
     return outcome, reports
 
 
-def test_jobs_are_done_one_after_the_other_in_their_order(workshop):
+def test_jobs_are_done_one_after_the_other_in_their_order(jobs):
     events, first_began = [], threading.Event()
 
     def work(name):
@@ -54,14 +54,14 @@ def test_jobs_are_done_one_after_the_other_in_their_order(workshop):
         return run
 
     async def visit():
-        return await asyncio.gather(*(workshop.run(work(n), visitor=n, report=ignore) for n in "abc"))
+        return await asyncio.gather(*(jobs.run(work(n), visitor=n, report=ignore) for n in "abc"))
 
     assert asyncio.run(visit()) == ["a", "b", "c"]
     assert events == ["a begins", "a ends", "b begins", "b ends", "c begins", "c ends"]
 
 
 @pytest.mark.parametrize("way", ["cancelled", "left"])
-def test_a_job_that_nobody_waits_for_stops_and_leaves_no_files(workshop, way):
+def test_a_job_that_nobody_waits_for_stops_and_leaves_no_files(jobs, way):
     began, ended = threading.Event(), []
 
     def work(job):
@@ -75,35 +75,35 @@ def test_a_job_that_nobody_waits_for_stops_and_leaves_no_files(workshop, way):
             raise
 
     async def visit():
-        task = asyncio.create_task(workshop.run(work, visitor="somebody", report=ignore))
+        task = asyncio.create_task(jobs.run(work, visitor="somebody", report=ignore))
         await asyncio.to_thread(began.wait)
         if way == "cancelled":
             task.cancel()
         else:
-            workshop.leave("somebody")
+            jobs.leave("somebody")
         with pytest.raises((asyncio.CancelledError, StoppedError)):
             await task
-        return await workshop.run(lambda job: "served", visitor="another", report=ignore)
+        return await jobs.run(lambda job: "served", visitor="another", report=ignore)
 
     assert asyncio.run(visit()) == "served"
     assert ended == [True]
-    assert not list(workshop.root.rglob("half"))
+    assert not list(jobs.root.rglob("half"))
 
 
-def test_a_report_says_the_stage_and_counts_up_to_one(workshop):
+def test_a_report_says_the_stage_and_counts_up_to_one(jobs):
     def work(job):
         job.plan({"Peeling": 1, "Nothing": 0, "Cooking": 3})
         job.advance("Peeling", 0.5)
         job.advance("Peeling", 1)
         job.advance("Cooking", 1)
 
-    _, reports = do(workshop, work)
+    _, reports = do(jobs, work)
     assert [fraction for fraction, _ in reports] == [0, 0.125, 0.25, 1]
     assert [sentence.partition(",")[0] for _, sentence in reports] == ["Peeling", "Peeling", "Cooking", "Saving"]
     assert reports[1][1] == "Peeling, about 1 s left"
 
 
-def test_the_compared_pictures_are_those_of_their_methods(workshop, tmp_path):
+def test_the_compared_pictures_are_those_of_their_methods(jobs, tmp_path):
     pipeline = UPLiFTSuperResolutionPipeline(
         vae=make_local_vae(), upsampler=make_upsampler("test-local", latent_channels=12)
     )
@@ -111,7 +111,7 @@ def test_the_compared_pictures_are_those_of_their_methods(workshop, tmp_path):
     image = Image.fromarray((color[0].permute(1, 2, 0) * 255).round().byte().numpy())
     image.save(tmp_path / "picture.png")
     panes, _ = do(
-        workshop,
+        jobs,
         lambda job: compare_methods(job, tmp_path / "picture.png", pipeline=pipeline, scale=2, max_pixels=LIMIT),
     )
 
@@ -134,12 +134,12 @@ def test_the_compared_pictures_are_those_of_their_methods(workshop, tmp_path):
         assert np.abs(made - wanted).max() <= (1 if pane.label == "Bicubic" else 0.51)  # Pillow rounds too
 
 
-def test_the_small_picture_is_stable_diffusions_own(workshop, tmp_path):
+def test_the_small_picture_is_stable_diffusions_own(jobs, tmp_path):
     components = stable_diffusion_components(tmp_path / "tokenizer")
     plain = StableDiffusionPipeline(**components, requires_safety_checker=False)
     pipeline = UPLiFTTextToImagePipeline(**components, upsampler=make_upsampler(), requires_safety_checker=False)
     request = Request("a cat", "", 4, 5.0, seed=3, scale=1.5, refinement=0.5)
-    (small, large), reports = do(workshop, lambda job: create(job, request, pipeline=pipeline, max_pixels=LIMIT))
+    (small, large), reports = do(jobs, lambda job: create(job, request, pipeline=pipeline, max_pixels=LIMIT))
     expected = plain(
         "a cat", num_inference_steps=4, guidance_scale=5.0, generator=torch.Generator().manual_seed(3)
     ).images[0]
@@ -184,4 +184,4 @@ def test_a_wrong_argument_is_answered_at_once_in_one_line(arguments, sentence, c
     assert main(arguments) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith(f"app.py: error: {sentence}")
+    assert lines[0].startswith(f"uplift-diffusers demo: error: {sentence}")

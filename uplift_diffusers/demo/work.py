@@ -1,4 +1,4 @@
-"""What the tabs Enlarge and Compare do with picture files."""
+"""What the tabs do: enlarge picture files, compare methods, make a picture of a prompt."""
 
 import math
 import zipfile
@@ -6,19 +6,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from uplift_diffusers.cli import check_output_size, reason
-from uplift_diffusers.demo.workshop import Job, stoppable
+from uplift_diffusers.demo.jobs import Job, stoppable
 from uplift_diffusers.image_files import OpenedImage, open_image, save_image
-from uplift_diffusers.scale import num_steps_for_scale
+from uplift_diffusers.scale import check_output_size, num_steps_for_scale
+from uplift_diffusers.wording import reason
 
 if TYPE_CHECKING:
     import torch
 
     from uplift_diffusers.pipelines.super_resolution import UPLiFTSuperResolutionPipeline
+    from uplift_diffusers.pipelines.text_to_image import UPLiFTTextToImagePipeline
 
 SEED = 0
 """Of the noise, as `uplift-diffusers upscale` has it by default."""
@@ -112,13 +113,13 @@ def _enlarge_file(
     max_pixels: int,
 ) -> Enlarged:
     job.plan(STAGES, prefix=prefix)
-    opened = _open(source, scale=scale, max_pixels=max_pixels)
-    with _watched(job, _stages(pipeline, size=opened.image.size[::-1], scale=scale)):
-        image = pipeline(image=opened.image, scale=scale, generator=_generator()).images[0]
-    save_image(image, target, metadata=opened.metadata)
+    opened = _open(job, source, scale=scale, max_pixels=max_pixels)
+    with following(job, pipeline, size=opened.image.size[::-1], scale=scale) as options:
+        image = pipeline(image=opened.image, scale=scale, generator=_generator(), **options).images[0]
+    job.aside(save_image, image, target, metadata=opened.metadata)
     original = job.folder / "original" / target.name
     original.parent.mkdir(exist_ok=True)
-    save_for_browser(opened.image, original)
+    job.aside(save_for_browser, opened.image, original)
     return Enlarged(
         path=target,
         before=Pane(original, "Before", opened.image.size),
@@ -150,15 +151,15 @@ def compare_methods(
     from uplift_diffusers.pipelines.upscale_stage import decode_strips_to_scale, resolve_tile_size
 
     job.plan({"Interpolating": 0.4, **{stage: 0.6 * share for stage, share in STAGES.items()}})
-    opened = _open(source, scale=scale, max_pixels=max_pixels)
+    opened = _open(job, source, scale=scale, max_pixels=max_pixels)
     color = read_pictures(opened.image)[0].color  # (3, h, w)
     size = tuple(color.shape[1:])
     large = (size[0] * scale, size[1] * scale)
     space, tile_size = pipeline.latent_space, resolve_tile_size("auto", size)
 
-    images = {"Bicubic": Picture(resize(color[None], large)[0]).to_pil()}
-    stages = _stages(pipeline, size=size, scale=scale)
-    with torch.no_grad(), _watched(job, {"Interpolating": stages["Decoding"]}):
+    images = {"Bicubic": job.aside(lambda: Picture(resize(color[None], large)[0]).to_pil())}
+    stages = {"Decoding": "Interpolating"}
+    with torch.no_grad(), following(job, pipeline, size=size, scale=scale, stages=stages):
         padded = pad_to_multiple(color[None].to(pipeline.device), space.spatial_factor)
         raw_latents = space.encode(pipeline.vae, padded, tile_size=tile_size).float()
         raw_latents = F.interpolate(raw_latents, scale_factor=scale, mode="bilinear")
@@ -172,15 +173,86 @@ def compare_methods(
             tile_size=tile_size,
         )
         images["Latents, bilinear"] = assemble_pil((strip[0].cpu() for strip in strips), large)
-    with _watched(job, stages):
-        images["UPLiFT"] = pipeline(image=color, scale=scale, generator=_generator()).images[0]
+    with following(job, pipeline, size=size, scale=scale) as options:
+        images["UPLiFT"] = pipeline(image=color, scale=scale, generator=_generator(), **options).images[0]
 
     panes = []
     for label, image in images.items():
         path = job.folder / f"{source.stem} {label.lower().replace(',', '')}.png"
-        save_image(image, path)
+        job.aside(save_image, image, path)
         panes.append(Pane(path, label, image.size))
     return panes
+
+
+@dataclass(frozen=True)
+class Request:
+    """
+    What is asked for.
+
+    Args:
+        prompt, negative_prompt, steps, guidance, seed, scale, refinement: see [`UPLiFTTextToImagePipeline`].
+    """
+
+    prompt: str
+    negative_prompt: str
+    steps: int
+    guidance: float
+    seed: int
+    scale: float
+    refinement: float
+
+
+def create(job: Job, request: Request, *, pipeline: "UPLiFTTextToImagePipeline", max_pixels: int) -> tuple[Pane, Pane]:
+    """
+    Make a picture of a prompt.
+
+    Returns:
+        What was denoised, decoded as it is, and the picture that it is enlarged to, as PNG files below `job.folder`.
+    Raises:
+        ValueError: an argument is not as above, or the safety checker holds the picture back.
+        StoppedError: see [`Job`].
+    """
+    import torch
+
+    space = pipeline.latent_space
+    edge = pipeline.unet.config.sample_size * space.spatial_factor
+    check_output_size((edge, edge), request.scale, max_pixels=max_pixels)
+    num_refining = int(request.steps * request.refinement)
+    job.plan({"Denoising": request.steps, "Refining": num_refining * request.scale**2, "Decoding": 2})
+    denoised = None
+
+    def follow(denoiser, step, timestep, tensors):
+        nonlocal denoised
+        if denoiser is pipeline:
+            denoised = tensors["latents"]
+            job.advance("Denoising", (step + 1) / request.steps)
+        else:
+            job.advance("Refining", (step + 1) / num_refining)
+        return tensors
+
+    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    with stoppable(job, *modules), torch.no_grad():
+        output = pipeline(
+            request.prompt,
+            negative_prompt=request.negative_prompt or None,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance,
+            generator=torch.Generator().manual_seed(request.seed),
+            scale=request.scale,
+            refine_strength=request.refinement,
+            callback_on_step_end=follow,
+        )
+        if any(output.nsfw_content_detected or ()):
+            raise ValueError("the safety checker held the picture back. Try another seed or another prompt.")
+        small = space.decode(pipeline.vae, space.unscale(denoised.float()))
+    job.advance("Decoding", 1)
+    images = {"small": pipeline.image_processor.postprocess(small * 2 - 1)[0], "large": output.images[0]}
+    panes = []
+    for label, (name, image) in zip(("Stable Diffusion", "Enlarged"), images.items()):
+        path = job.folder / f"seed {request.seed} {name}.png"
+        job.aside(save_image, image, path)
+        panes.append(Pane(path, label, image.size))
+    return panes[0], panes[1]
 
 
 def preview(source: Path, folder: Path) -> Pane:
@@ -209,9 +281,9 @@ def save_for_browser(image: Image.Image, path: Path) -> None:
     _as_shown(image).save(path, compress_level=1)
 
 
-def _open(source: Path, *, scale: float, max_pixels: int) -> OpenedImage:
-    opened = open_image(source)
-    check_output_size(opened.image.size, scale, ".png", max_pixels=max_pixels)
+def _open(job: Job, source: Path, *, scale: float, max_pixels: int) -> OpenedImage:
+    opened = job.aside(open_image, source)
+    check_output_size(opened.image.size[::-1], scale, max_pixels=max_pixels)
     return opened
 
 
@@ -236,37 +308,51 @@ def _free_path(path: Path) -> Path:
     return candidate
 
 
-def _stages(
-    pipeline: "UPLiFTSuperResolutionPipeline", *, size: tuple[int, int], scale: float
-) -> "dict[str, tuple[torch.nn.Module, int]]":
-    """The network of every stage, and how many positions it makes of a picture of `size` (height, width)."""
+@contextmanager
+def following(
+    job: Job,
+    pipeline: "UPLiFTSuperResolutionPipeline",
+    *,
+    size: tuple[int, int],
+    scale: float,
+    stages: "dict[str, str] | None" = None,
+) -> Iterator[dict[str, Any]]:
+    """
+    Within the block, `job` follows what `pipeline` does, tile by tile, and can stop it at every layer.
+
+    This is the only place that knows how a pipeline is watched.
+
+    Args:
+        job: advanced in its stages.
+        size: (height, width) in pixels of the picture that is enlarged.
+        scale: of the enlargement.
+        stages: the job's name of each stage that is followed: `Encoding`, `Enlarging`, `Decoding`; None for all.
+    Returns:
+        What the pipeline has to be called with besides.
+    """
     factor = pipeline.latent_space.spatial_factor
     latents = math.prod(-(-length // factor) for length in size)
     enlarged = latents * 4 ** num_steps_for_scale(scale)
-    return {
+    networks = {  # of every stage, and how many positions it makes of the picture
         "Encoding": (pipeline.vae.encoder, latents),
         "Enlarging": (pipeline.upsampler, enlarged),
         "Decoding": (pipeline.vae.decoder, enlarged * factor**2),
     }
-
-
-@contextmanager
-def _watched(job: Job, stages: "dict[str, tuple[torch.nn.Module, int]]") -> Iterator[None]:
-    """Within the block, `job` follows the stages, tile by tile, and their layers ask it whether to go on."""
-    done = dict.fromkeys(stages, 0)
+    names = dict(zip(networks, networks)) if stages is None else stages
+    done = dict.fromkeys(names, 0)
 
     def counter(stage):
         def count(module, arguments, output):
             tensor = getattr(output, "sample", output)  # (1, C, height, width)
             done[stage] += tensor.shape[2] * tensor.shape[3]
-            job.advance(stage, done[stage] / stages[stage][1])
+            job.advance(names[stage], done[stage] / networks[stage][1])
 
         return count
 
-    hooks = [module.register_forward_hook(counter(stage)) for stage, (module, _) in stages.items()]
+    hooks = [networks[stage][0].register_forward_hook(counter(stage)) for stage in names]
     try:
-        with stoppable(job, *(module for module, _ in stages.values())):
-            yield
+        with stoppable(job, *(module for module, _ in networks.values())):
+            yield {}
     finally:
         for hook in hooks:
             hook.remove()
