@@ -6,8 +6,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "uplift_diffusers"
 
 LAYERS = [
-    {"_version", "runtime", "scale", "wording"},
-    {"images", "image_files"},
+    {"_version", "runtime", "saving", "scale", "wording"},
+    {"images"},
     {"models"},
     {"tiling"},
     {"latent_space", "feature_space"},

@@ -1,14 +1,14 @@
 """Which file is enlarged to which, and what cannot be, found out before any work."""
 
 import os
-import stat
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from uplift_diffusers.cli.console import CommandError
-from uplift_diffusers.image_files import INPUT_SUFFIXES, OUTPUT_FORMATS
+from uplift_diffusers.images.files import INPUT_SUFFIXES, OUTPUT_FORMATS, find_image_files
+from uplift_diffusers.saving import check_output_path
 from uplift_diffusers.wording import reason
 
 _MAX_NAME_BYTES = 255
@@ -97,44 +97,16 @@ def _tasks_below(source: Path, folder: Path, plan: Plan) -> list[Task]:
     if not os.path.isdir(source):
         return [Task(source, _in_output_format(folder / source.name))]
     inside_itself = folder.resolve() != source.resolve()  # an output folder below its input is no input
-    num_problems = len(plan.problems)
-    files = _find_images(source, leave_out=folder.resolve() if inside_itself else None, plan=plan)
-    if not files and len(plan.problems) == num_problems:
-        raise CommandError(f"{source}: no images in this folder. Known are {', '.join(sorted(INPUT_SUFFIXES))}.")
-    return [Task(file, _in_output_format(folder / file.relative_to(source))) for file in files]
+    found = find_image_files(source, leave_out=folder if inside_itself else None)
+    if not found.files and not found.problems:
+        raise CommandError(f"{source}: no images in this folder. ")
+    plan.problems += [f"{path}: {problem}" for path, problem in found.problems]
+    plan.left_out.update(found.left_out)
+    return [Task(file, _in_output_format(folder / file.relative_to(source))) for file in found.files]
 
 
 def _in_output_format(path: Path) -> Path:
     return path if path.suffix.lower() in OUTPUT_FORMATS else path.with_suffix(".png")
-
-
-def _find_images(root: Path, *, leave_out: Path | None, plan: Plan) -> list[Path]:
-    """Image files below `root`, sorted, with nothing hidden; what is not among them goes into `plan`."""
-    found = []
-
-    def tell_unreadable(error: OSError) -> None:
-        plan.problems.append(f"{error.filename}: {reason(error)}")
-
-    for place, folders, names in os.walk(root, onerror=tell_unreadable):
-        folders[:] = [
-            name for name in folders if not name.startswith(".") and Path(place, name).resolve() != leave_out
-        ]
-        for name in folders:
-            if os.path.islink(Path(place, name)):
-                plan.problems.append(f"{Path(place, name)}: a link to a folder, which is not followed.")
-        for name in names:
-            path = Path(place, name)
-            if name.startswith("."):
-                continue
-            if path.suffix.lower() not in INPUT_SUFFIXES:
-                plan.left_out[path.suffix.lower() or "without a suffix"] += 1
-            elif not os.path.exists(path):
-                plan.problems.append(f"{path}: a link to a file that is not there.")
-            elif not os.path.isfile(path):
-                plan.problems.append(f"{path}: not a regular file.")
-            else:
-                found.append(path)
-    return sorted(found)
 
 
 def _name_apart(tasks: list[Task], plan: Plan) -> list[Task]:
@@ -187,16 +159,12 @@ def _problem_of_target(target: Path) -> str | None:
     if too_long := _name_too_long(target):
         return too_long
     try:
-        mode = os.lstat(target).st_mode
-    except (FileNotFoundError, NotADirectoryError):  # the second one is told where the folder is made
+        check_output_path(target, overwrite=True)
+    except NotADirectoryError:  # told where the folder is made
         return None
     except OSError as error:
         return f"the output {target} cannot be written: {reason(error)}"
-    if stat.S_ISREG(mode):
-        return None
-    kinds = {stat.S_IFDIR: "folder", stat.S_IFLNK: "link", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
-    kind = kinds.get(stat.S_IFMT(mode), "device")
-    return f"the output {target} is a {kind}, which is never replaced. Name another --output."
+    return None
 
 
 def _name_too_long(target: Path) -> str | None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from uplift_diffusers.cli.tasks import Task
+    from uplift_diffusers.images.metadata import Metadata
     from uplift_diffusers.pipelines.super_resolution import UPLiFTSuperResolutionPipeline
 
 MAX_OUTPUT_PIXELS = 100_000_000
@@ -201,7 +202,7 @@ def _load(options: argparse.Namespace) -> "UPLiFTSuperResolutionPipeline":
 
 
 def _check_writable(folder: Path) -> None:
-    from uplift_diffusers.image_files import make_writable_folder
+    from uplift_diffusers.saving import make_writable_folder
 
     try:
         make_writable_folder(folder)
@@ -257,10 +258,10 @@ def _upscale_file(
     """Enlarge one file and return what it lost on the way, in sentences."""
     import torch
 
-    from uplift_diffusers.image_files import MAX_EDGES, OUTPUT_FORMATS, open_image
+    from uplift_diffusers.images.files import MAX_EDGES, OUTPUT_FORMATS, open_image, plan_saving
 
     # 1. Open, and refuse what would be too large or could not be stored
-    opened = open_image(task.source)
+    opened = plan_saving(open_image(task.source), task.target.suffix)
     size = opened.image.size[::-1]
     scale = _scale_of(options, size)
     suffix = task.target.suffix.lower()
@@ -282,14 +283,12 @@ def _upscale_file(
     return opened.losses
 
 
-def _save(image: "Image.Image", target: Path, *, metadata: dict[str, bytes], overwrite: bool) -> None:
-    from uplift_diffusers.image_files import save_image
+def _save(image: "Image.Image", target: Path, *, metadata: "Metadata", overwrite: bool) -> None:
+    from uplift_diffusers.images.files import save_image
 
     try:
-        save_image(image, target, metadata=metadata)
-    except FileExistsError:
-        raise ValueError(f"{target} exists by now. It appeared during the work and stays as it is.") from None
-    except OSError as error:
+        save_image(image, target, metadata=metadata, overwrite=overwrite)
+    except OSError as error:  # FileExistsError too: without --overwrite what appears during the work stays
         raise OutputError(target, error) from error
 
 

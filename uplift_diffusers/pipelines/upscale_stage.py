@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from diffusers import AutoencoderTiny
 
-from uplift_diffusers.images import interpolate
+from uplift_diffusers.images.convert import interpolate
 from uplift_diffusers.latent_space import Autoencoder, LatentSpace
 from uplift_diffusers.models.local_attention import match_channel_statistics
 from uplift_diffusers.models.upsampler import Generator, UPLiFTModel
