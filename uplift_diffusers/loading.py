@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import ModelMixin
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -159,7 +159,11 @@ def _fetch(repository: str | os.PathLike, name: str, subfolder: str | None) -> P
     try:
         return Path(hf_hub_download(str(repository), name, subfolder=subfolder))
     except Exception as error:
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        if isinstance(error, LocalEntryNotFoundError):  # offline: what the cache holds may know that there is none
+            known = try_to_load_from_cache(str(repository), f"{subfolder}/{name}" if subfolder else name)
+            if known is not None and not isinstance(known, str):
+                return None
+        elif isinstance(error, EntryNotFoundError):
             return None
         raise LoadingError(f"{repository} cannot be loaded: {_why(error)}") from error
 
