@@ -201,10 +201,14 @@ def test_repositories_out_of_reach_are_told_why(hub, monkeypatch):
     hub.folder("someone/gated")
     hub.gated.add("someone/gated")
     assert "asks for a login that has access to it" in sentence_of("someone/gated")
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}")  # nobody is there
-    assert f"is not in the cache, and {hub.url} cannot be reached" in sentence_of("someone/nothing")
+    assert "neither a folder here nor a name on the hub" in sentence_of("some one/no thing")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "is not in the cache, and HF_HUB_OFFLINE forbids to ask the hub" in sentence_of("someone/nothing")
     with pytest.raises(LoadingError, match="HF_HUB_OFFLINE forbids"):
         load_vae("someone/nothing")
-    assert "neither a folder here nor a name on the hub" in sentence_of("some one/no thing")
+
+
+@pytest.mark.slow  # the hub's library tries again and again
+def test_a_hub_that_does_not_answer_is_called_that(hub):
+    hub.broken = True
+    assert f"is not in the cache, and {hub.url} cannot be reached" in sentence_of("someone/nothing")
