@@ -6,12 +6,12 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "uplift_diffusers"
 
 LAYERS = [
-    {"_version", "arguments", "runtime", "saving"},
+    {"_version", "arguments", "runtime", "saving", "wording"},
     {"scale"},
     {"images", "models", "tiling"},
     {"latent_space", "feature_space"},
-    {"loading"},
     {"pipelines", "data", "cfm"},
+    {"loading"},
     {"embedded", "training"},
     {"evaluation"},
     {"cli", "demo", "__main__"},

@@ -1,30 +1,27 @@
-"""What the tabs Enlarge and Compare do with picture files."""
+"""What the tabs do: enlarge picture files, compare methods, make a picture of a prompt."""
 
-import math
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from uplift_diffusers.cli import check_output_size, reason
-from uplift_diffusers.demo.workshop import Job, stoppable
+from uplift_diffusers.demo.jobs import Job, stoppable
 from uplift_diffusers.images.files import OpenedImage, open_image, plan_saving, save_image
-from uplift_diffusers.scale import num_steps_for_scale
+from uplift_diffusers.scale import check_output_size, num_steps_for_scale
+from uplift_diffusers.wording import reason
 
 if TYPE_CHECKING:
     import torch
 
     from uplift_diffusers.pipelines.super_resolution import UPLiFTSuperResolutionPipeline
+    from uplift_diffusers.pipelines.text_to_image import UPLiFTTextToImagePipeline
 
 SEED = 0
 """Of the noise, as `uplift-diffusers upscale` has it by default."""
-
-STAGES = {"Encoding": 0.06, "Enlarging": 0.32, "Decoding": 0.62}
-"""The stages of an enlargement and what share of the time they take with the embedded bundle."""
 
 PREVIEW_PX = 1024
 
@@ -111,14 +108,14 @@ def _enlarge_file(
     scale: float,
     max_pixels: int,
 ) -> Enlarged:
-    job.plan(STAGES, prefix=prefix)
-    opened = _open(source, scale=scale, max_pixels=max_pixels)
-    with _watched(job, _stages(pipeline, size=opened.image.size[::-1], scale=scale)):
-        image = pipeline(image=opened.image, scale=scale, generator=_generator()).images[0]
-    save_image(image, target, metadata=opened.metadata)
+    job.plan({"Enlarging": 1}, prefix=prefix)
+    opened = _open(job, source, scale=scale, max_pixels=max_pixels)
+    with following(job, pipeline) as options:
+        image = pipeline(image=opened.image, scale=scale, generator=_generator(), **options).images[0]
+    job.aside(save_image, image, target, metadata=opened.metadata)
     original = job.folder / "original" / target.name
     original.parent.mkdir(exist_ok=True)
-    save_for_browser(opened.image, original)
+    job.aside(save_for_browser, opened.image, original)
     return Enlarged(
         path=target,
         before=Pane(original, "Before", opened.image.size),
@@ -147,40 +144,107 @@ def compare_methods(
     import torch.nn.functional as F
 
     from uplift_diffusers.images.convert import Picture, assemble_pil, pad_to_multiple, read_pictures, resize
-    from uplift_diffusers.pipelines.upscale_stage import decode_strips_to_scale, resolve_tile_size
+    from uplift_diffusers.latent_space import LatentCodec
+    from uplift_diffusers.pipelines.upscale_stage import decode_strips_to_scale
 
-    job.plan({"Interpolating": 0.4, **{stage: 0.6 * share for stage, share in STAGES.items()}})
-    opened = _open(source, scale=scale, max_pixels=max_pixels)
+    job.plan({"Interpolating": 0.4, "Enlarging": 0.6})
+    opened = _open(job, source, scale=scale, max_pixels=max_pixels)
     color = read_pictures(opened.image)[0].color  # (3, h, w)
     size = tuple(color.shape[1:])
     large = (size[0] * scale, size[1] * scale)
-    space, tile_size = pipeline.latent_space, resolve_tile_size("auto", size)
+    codec = LatentCodec(pipeline.vae, pipeline.latent_space)
 
-    images = {"Bicubic": Picture(resize(color[None], large)[0]).to_pil()}
-    stages = _stages(pipeline, size=size, scale=scale)
-    with torch.no_grad(), _watched(job, {"Interpolating": stages["Decoding"]}):
-        padded = pad_to_multiple(color[None].to(pipeline.device), space.spatial_factor)
-        raw_latents = space.encode(pipeline.vae, padded, tile_size=tile_size).float()
-        raw_latents = F.interpolate(raw_latents, scale_factor=scale, mode="bilinear")
+    images = {"Bicubic": job.aside(lambda: Picture(resize(color[None], large)[0]).to_pil())}
+    with torch.no_grad(), stoppable(job, pipeline.vae):
+        raw_latents = codec.encode(pad_to_multiple(color[None].to(pipeline.device), codec.space.spatial_factor))
+        raw_latents = F.interpolate(raw_latents.float(), scale_factor=scale, mode="bilinear")
         strips = decode_strips_to_scale(
-            raw_latents,
-            space=space,
-            vae=pipeline.vae,
-            size=size,
-            num_steps=num_steps_for_scale(scale),
-            scale=scale,
-            tile_size=tile_size,
+            raw_latents, codec=codec, size=size, num_steps=num_steps_for_scale(scale), scale=scale
         )
         images["Latents, bilinear"] = assemble_pil((strip[0].cpu() for strip in strips), large)
-    with _watched(job, stages):
-        images["UPLiFT"] = pipeline(image=color, scale=scale, generator=_generator()).images[0]
+    job.advance("Interpolating", 1)
+    with following(job, pipeline) as options:
+        images["UPLiFT"] = pipeline(image=color, scale=scale, generator=_generator(), **options).images[0]
 
     panes = []
     for label, image in images.items():
         path = job.folder / f"{source.stem} {label.lower().replace(',', '')}.png"
-        save_image(image, path)
+        job.aside(save_image, image, path)
         panes.append(Pane(path, label, image.size))
     return panes
+
+
+@dataclass(frozen=True)
+class Request:
+    """
+    What is asked for.
+
+    Args:
+        prompt, negative_prompt, steps, guidance, seed, scale, refinement: see [`UPLiFTTextToImagePipeline`].
+    """
+
+    prompt: str
+    negative_prompt: str
+    steps: int
+    guidance: float
+    seed: int
+    scale: float
+    refinement: float
+
+
+def create(job: Job, request: Request, *, pipeline: "UPLiFTTextToImagePipeline", max_pixels: int) -> tuple[Pane, Pane]:
+    """
+    Make a picture of a prompt.
+
+    Returns:
+        What was denoised, decoded as it is, and the picture that it is enlarged to, as PNG files below `job.folder`.
+    Raises:
+        ValueError: an argument is not as above, or the safety checker holds the picture back.
+        StoppedError: see [`Job`].
+    """
+    import torch
+
+    from uplift_diffusers.latent_space import LatentCodec
+
+    codec = LatentCodec(pipeline.vae, pipeline.latent_space)
+    edge = pipeline.unet.config.sample_size * codec.space.spatial_factor
+    check_output_size((edge, edge), request.scale, max_pixels=max_pixels)
+    num_refining = int(request.steps * request.refinement)
+    job.plan({"Denoising": request.steps, "Refining": num_refining * request.scale**2, "Decoding": 2})
+    denoised = None
+
+    def follow(denoiser, step, timestep, tensors):
+        nonlocal denoised
+        if denoiser is pipeline:
+            denoised = tensors["latents"]
+            job.advance("Denoising", (step + 1) / request.steps)
+        else:
+            job.advance("Refining", (step + 1) / num_refining)
+        return tensors
+
+    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    with stoppable(job, *modules), torch.no_grad():
+        output = pipeline(
+            request.prompt,
+            negative_prompt=request.negative_prompt or None,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance,
+            generator=torch.Generator().manual_seed(request.seed),
+            scale=request.scale,
+            refine_strength=request.refinement,
+            callback_on_step_end=follow,
+        )
+        if any(output.nsfw_content_detected or ()):
+            raise ValueError("the safety checker held the picture back. Try another seed or another prompt.")
+        small = codec.decode(codec.space.denormalize(denoised.float()))
+    job.advance("Decoding", 1)
+    images = {"small": pipeline.image_processor.postprocess(small * 2 - 1)[0], "large": output.images[0]}
+    panes = []
+    for label, (name, image) in zip(("Stable Diffusion", "Enlarged"), images.items()):
+        path = job.folder / f"seed {request.seed} {name}.png"
+        job.aside(save_image, image, path)
+        panes.append(Pane(path, label, image.size))
+    return panes[0], panes[1]
 
 
 def preview(source: Path, folder: Path) -> Pane:
@@ -209,9 +273,9 @@ def save_for_browser(image: Image.Image, path: Path) -> None:
     _as_shown(image).save(path, compress_level=1)
 
 
-def _open(source: Path, *, scale: float, max_pixels: int) -> OpenedImage:
-    opened = plan_saving(open_image(source), ".png")
-    check_output_size(opened.image.size, scale, ".png", max_pixels=max_pixels)
+def _open(job: Job, source: Path, *, scale: float, max_pixels: int) -> OpenedImage:
+    opened = plan_saving(job.aside(open_image, source), ".png")
+    check_output_size(opened.image.size[::-1], scale, max_pixels=max_pixels)
     return opened
 
 
@@ -236,37 +300,17 @@ def _free_path(path: Path) -> Path:
     return candidate
 
 
-def _stages(
-    pipeline: "UPLiFTSuperResolutionPipeline", *, size: tuple[int, int], scale: float
-) -> "dict[str, tuple[torch.nn.Module, int]]":
-    """The network of every stage, and how many positions it makes of a picture of `size` (height, width)."""
-    factor = pipeline.latent_space.spatial_factor
-    latents = math.prod(-(-length // factor) for length in size)
-    enlarged = latents * 4 ** num_steps_for_scale(scale)
-    return {
-        "Encoding": (pipeline.vae.encoder, latents),
-        "Enlarging": (pipeline.upsampler, enlarged),
-        "Decoding": (pipeline.vae.decoder, enlarged * factor**2),
-    }
-
-
 @contextmanager
-def _watched(job: Job, stages: "dict[str, tuple[torch.nn.Module, int]]") -> Iterator[None]:
-    """Within the block, `job` follows the stages, tile by tile, and their layers ask it whether to go on."""
-    done = dict.fromkeys(stages, 0)
+def following(job: Job, pipeline: "UPLiFTSuperResolutionPipeline") -> Iterator[dict[str, Any]]:
+    """
+    Within the block, `job` follows what `pipeline` does, step by step, and can stop it at every layer.
 
-    def counter(stage):
-        def count(module, arguments, output):
-            tensor = getattr(output, "sample", output)  # (1, C, height, width)
-            done[stage] += tensor.shape[2] * tensor.shape[3]
-            job.advance(stage, done[stage] / stages[stage][1])
+    Returns:
+        What the pipeline has to be called with besides.
+    """
 
-        return count
+    def follow(done: int, total: int) -> None:
+        job.advance("Enlarging", done / total)
 
-    hooks = [module.register_forward_hook(counter(stage)) for stage, (module, _) in stages.items()]
-    try:
-        with stoppable(job, *(module for module, _ in stages.values())):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with stoppable(job, pipeline.vae, pipeline.upsampler):
+        yield {"callback_on_progress": follow}

@@ -1,20 +1,21 @@
-"""What the tab Create does: find Stable Diffusion, fetch it, and make a picture of a prompt."""
+"""Where the demo's pipelines come from: found on this machine, downloaded on a click, loaded when first needed."""
 
 import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from uplift_diffusers.cli import check_output_size
-from uplift_diffusers.demo.pictures import Pane
-from uplift_diffusers.demo.workshop import Job, stoppable
-from uplift_diffusers.images.files import save_image
-from uplift_diffusers.models.hub import CheckpointSource
+from uplift_diffusers.demo.jobs import Job
+from uplift_diffusers.embedded import embedded_bundle
+from uplift_diffusers.runtime import choose_device
 
 if TYPE_CHECKING:
+    import torch
+
+    from uplift_diffusers.pipelines.super_resolution import UPLiFTSuperResolutionPipeline
     from uplift_diffusers.pipelines.text_to_image import UPLiFTTextToImagePipeline
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -125,74 +126,62 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Request:
+class Model:
     """
-    What is asked for.
+    Where a super-resolution pipeline is loaded from, as `uplift-diffusers upscale` has it.
 
     Args:
-        prompt, negative_prompt, steps, guidance, seed, scale, refinement: see [`UPLiFTTextToImagePipeline`].
+        location: a folder or a name on the hub; None for the embedded bundle.
+        vae, latent_space: see `uplift-diffusers upscale --help`.
     """
 
-    prompt: str
-    negative_prompt: str
-    steps: int
-    guidance: float
-    seed: int
-    scale: float
-    refinement: float
+    location: str | None = None
+    vae: str | None = None
+    latent_space: str | None = None
 
 
-def create(job: Job, request: Request, *, pipeline: "UPLiFTTextToImagePipeline", max_pixels: int) -> tuple[Pane, Pane]:
+@dataclass
+class Models:
     """
-    Make a picture of a prompt.
+    The pipelines, on one device. To be used by one thread.
 
-    Returns:
-        What was denoised, decoded as it is, and the picture that it is enlarged to, as PNG files below `job.folder`.
-    Raises:
-        ValueError: an argument is not as above, or the safety checker holds the picture back.
-        StoppedError: see [`Job`].
+    Args:
+        device: as `--device` names it.
+        super_resolution: what to offer, by the name that people choose.
     """
+
+    device: str
+    super_resolution: dict[str, Model]
+    _enlargers: "dict[str, UPLiFTSuperResolutionPipeline]" = field(default_factory=dict)
+    _creators: "dict[Source, UPLiFTTextToImagePipeline]" = field(default_factory=dict)
+
+    def enlarger(self, name: str) -> "UPLiFTSuperResolutionPipeline":
+        """The super-resolution pipeline of that name. Raises LoadingError if it cannot be loaded."""
+        from uplift_diffusers.loading import load_pipeline
+
+        if name not in self._enlargers:
+            device = choose_device(self.device)
+            model = self.super_resolution[name]
+            pipeline = load_pipeline(
+                model.location or embedded_bundle(), vae=model.vae, latent_space=model.latent_space
+            )
+            pipeline.set_progress_bar_config(disable=True)
+            self._enlargers[name] = pipeline.to(device)
+        return self._enlargers[name]
+
+    def creator(self, source: Source) -> "UPLiFTTextToImagePipeline":
+        """The text-to-image pipeline of `source`; another one that was there before makes room."""
+        if source not in self._creators:
+            self._creators.clear()
+            device = choose_device(self.device)
+            self._creators[source] = source.load().to(device, dtype=_dtype(device))
+        return self._creators[source]
+
+
+def _dtype(device: "torch.device") -> "torch.dtype":
     import torch
 
-    space = pipeline.latent_space
-    edge = pipeline.unet.config.sample_size * space.spatial_factor
-    check_output_size((edge, edge), request.scale, ".png", max_pixels=max_pixels)
-    num_refining = int(request.steps * request.refinement)
-    job.plan({"Denoising": request.steps, "Refining": num_refining * request.scale**2, "Decoding": 2})
-    denoised = None
-
-    def follow(denoiser, step, timestep, tensors):
-        nonlocal denoised
-        if denoiser is pipeline:
-            denoised = tensors["latents"]
-            job.advance("Denoising", (step + 1) / request.steps)
-        else:
-            job.advance("Refining", (step + 1) / num_refining)
-        return tensors
-
-    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    with stoppable(job, *modules), torch.no_grad():
-        output = pipeline(
-            request.prompt,
-            negative_prompt=request.negative_prompt or None,
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance,
-            generator=torch.Generator().manual_seed(request.seed),
-            scale=request.scale,
-            refine_strength=request.refinement,
-            callback_on_step_end=follow,
-        )
-        if any(output.nsfw_content_detected or ()):
-            raise ValueError("the safety checker held the picture back. Try another seed or another prompt.")
-        small = space.decode(pipeline.vae, space.denormalize(denoised.float()))
-    job.advance("Decoding", 1)
-    images = {"small": pipeline.image_processor.postprocess(small * 2 - 1)[0], "large": output.images[0]}
-    panes = []
-    for label, (name, image) in zip(("Stable Diffusion", "Enlarged"), images.items()):
-        path = job.folder / f"seed {request.seed} {name}.png"
-        save_image(image, path)
-        panes.append(Pane(path, label, image.size))
-    return panes[0], panes[1]
+    return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def in_words(size_bytes: int) -> str:
@@ -262,7 +251,7 @@ def _is_complete(folder: Path) -> bool:
     index = _read_index(folder)
     if index.get("_class_name") not in ("StableDiffusionPipeline", "UPLiFTTextToImagePipeline"):
         return False
-    parts = [name for name, kind in index.items() if isinstance(kind, list) and kind[1] is not None]
+    parts = [name for name, kind in index.items() if isinstance(kind, list) and len(kind) == 2 and kind[1] is not None]
     return all(_is_loadable(folder / name) for name in parts)
 
 
@@ -277,14 +266,19 @@ def _has_upsampler(folder: Path) -> bool:
 
 def _read_index(folder: Path) -> dict:
     try:
-        return json.loads((folder / "model_index.json").read_text())
-    except (OSError, ValueError):
+        index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
+    return index if isinstance(index, dict) else {}
 
 
 def _is_here(upsampler: str) -> bool:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    if os.path.exists(upsampler):
+        return True
     try:
-        CheckpointSource(upsampler, local_files_only=True).checkpoint_name()
-    except OSError:
+        return any(Path(snapshot_download(upsampler, local_files_only=True)).glob("*.safetensors"))
+    except (HFValidationError, LocalEntryNotFoundError):
         return False
-    return True
