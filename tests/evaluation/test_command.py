@@ -15,13 +15,13 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 from safetensors.torch import save_file
+from uplift_diffusers.evaluation.command import default_metrics
+from uplift_diffusers.evaluation.real_images import FeatureStatistics
 
 from tests.components import make_flow_unet, make_stable_diffusion, make_upsampler
 from tests.evaluation.parts import save_photographs
 from tests.random_weights import random_inception
 from uplift_diffusers.evaluation import cli
-from uplift_diffusers.evaluation.command import default_metrics
-from uplift_diffusers.evaluation.real_images import FeatureStatistics
 from uplift_diffusers.latent_space import KNOWN_SPACES
 
 ROOT = Path(__file__).resolve().parents[2]

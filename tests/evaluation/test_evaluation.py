@@ -7,6 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from uplift_diffusers.evaluation.digests import digest_code
+from uplift_diffusers.evaluation.plots import make_contact_sheet, make_plots
+from uplift_diffusers.evaluation.real_images import Photographs
+from uplift_diffusers.evaluation.results import compute_results, evaluate, gap_closed, rows_to_show
+from uplift_diffusers.evaluation.super_resolution import SuperResolution
 
 import uplift_diffusers
 from tests.components import (
@@ -14,7 +19,6 @@ from tests.components import (
 )
 from tests.evaluation.parts import TinyInception, all_metrics, truth_method
 from uplift_diffusers import UPLiFTSuperResolutionPipeline
-from uplift_diffusers.evaluation.digests import digest_code
 from uplift_diffusers.evaluation.evaluate import Evaluation
 from uplift_diffusers.evaluation.methods import (
     Method,
@@ -24,12 +28,8 @@ from uplift_diffusers.evaluation.methods import (
     vae_round_trip,
 )
 from uplift_diffusers.evaluation.metrics import Metrics
-from uplift_diffusers.evaluation.plots import make_contact_sheet, make_plots
-from uplift_diffusers.evaluation.real_images import Photographs
 from uplift_diffusers.evaluation.report import describe_run, report_csv, report_json, report_markdown, warnings_of
-from uplift_diffusers.evaluation.results import compute_results, evaluate, gap_closed, rows_to_show
 from uplift_diffusers.evaluation.statistics import Estimate
-from uplift_diffusers.evaluation.super_resolution import SuperResolution
 
 
 def test_returning_the_truth_scores_perfectly(photographs):

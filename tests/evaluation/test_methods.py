@@ -7,6 +7,8 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
+from uplift_diffusers.evaluation.selection import MethodSpec, check_model, load_pipeline, make_methods, parse_methods
+from uplift_diffusers.evaluation.super_resolution import SuperResolution
 
 from tests.components import (
     make_flow_unet,
@@ -27,8 +29,6 @@ from uplift_diffusers.evaluation.methods import (
     to_tensor,
     vae_round_trip,
 )
-from uplift_diffusers.evaluation.selection import MethodSpec, check_model, load_pipeline, make_methods, parse_methods
-from uplift_diffusers.evaluation.super_resolution import SuperResolution
 
 SAMPLE = {"name": "photo.png", "scale": 2, "size": (64, 64)}
 

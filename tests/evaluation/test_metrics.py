@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from skimage.metrics import structural_similarity
 from torchmetrics.image.fid import FrechetInceptionDistance
+from uplift_diffusers.evaluation.inception import convert_weights, find_package_file, load_inception
+from uplift_diffusers.evaluation.real_images import load_statistics
 
 from tests.components import seeded, smooth_images
 from tests.random_weights import random_inception
 from uplift_diffusers.evaluation import build, inception
-from uplift_diffusers.evaluation.inception import convert_weights, find_package_file, load_inception
 from uplift_diffusers.evaluation.metrics import Metrics, load_lpips, patch_places, to_bytes
-from uplift_diffusers.evaluation.real_images import load_statistics
 from uplift_diffusers.evaluation.statistics import (
     bootstrap_mean,
     frechet_distance,

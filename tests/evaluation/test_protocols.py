@@ -9,6 +9,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from uplift_diffusers.evaluation.prompts import read_prompts
+from uplift_diffusers.evaluation.real_images import Photographs
+from uplift_diffusers.evaluation.results import compute_results
+from uplift_diffusers.evaluation.selection import for_latents, make_methods, parse_methods
+from uplift_diffusers.evaluation.super_resolution import SuperResolution
+from uplift_diffusers.evaluation.text_to_image import TextToImage
 
 from tests.components import (
     make_flow_unet,
@@ -25,12 +31,6 @@ from uplift_diffusers.evaluation.methods import (
     to_tensor,
 )
 from uplift_diffusers.evaluation.metrics import Metrics, to_bytes
-from uplift_diffusers.evaluation.prompts import read_prompts
-from uplift_diffusers.evaluation.real_images import Photographs
-from uplift_diffusers.evaluation.results import compute_results
-from uplift_diffusers.evaluation.selection import for_latents, make_methods, parse_methods
-from uplift_diffusers.evaluation.super_resolution import SuperResolution
-from uplift_diffusers.evaluation.text_to_image import TextToImage
 
 
 def test_reduction_and_bicubic_are_pillows(photographs, pipeline):

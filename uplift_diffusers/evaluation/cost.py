@@ -105,7 +105,7 @@ def _peak_of(call: Callable[[], object], device: torch.device) -> int | None:
 
 
 def _reset_peak_memory() -> bool:
-    """Give freed memory back to the system and let the kernel count the peak anew; whether that can be done here."""
+    """Give freed memory back to the system and reset the kernel's record of the peak. False where that fails."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
