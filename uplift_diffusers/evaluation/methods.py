@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
+from packaging.version import Version
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
@@ -353,11 +355,12 @@ def load_pipeline(
     Raises:
         OSError, ValueError, TypeError: there is neither, or the network was trained for other latents.
     """
+    of_dtype = _dtype_argument(dtype)
     if Path(path, DiffusionPipeline.config_name).is_file():
-        return _load_saved_pipeline(path, trust_remote_code).to(dtype)
+        return _load_saved_pipeline(path, trust_remote_code=trust_remote_code, **of_dtype)
     if not Path(path).exists():
         try:
-            return _load_saved_pipeline(path, trust_remote_code).to(dtype)
+            return _load_saved_pipeline(path, trust_remote_code=trust_remote_code, **of_dtype)
         except OSError as error:
             raise FileNotFoundError(
                 f"{path!r} must be a directory or a repository of the hub within reach, got neither."
@@ -366,14 +369,20 @@ def load_pipeline(
         raise ValueError(f"{path!r} must be a pipeline, which has a VAE, got a network or something else.")
     config = Path(path, "config.json")
     if config.is_file() and json.loads(config.read_text()).get("_class_name") == UNet2DModel.__name__:
-        unet = UNet2DModel.from_pretrained(path).to(dtype)
+        unet = UNet2DModel.from_pretrained(path, **of_dtype)
         return CFMLatentUpscalePipeline(vae, unet, euler_scheduler(), latent_space=latent_space)
-    return UPLiFTSuperResolutionPipeline(vae, UPLiFTModel.from_pretrained(path).to(dtype), latent_space=latent_space)
+    upsampler = UPLiFTModel.from_pretrained(path, **of_dtype)
+    return UPLiFTSuperResolutionPipeline(vae, upsampler, latent_space=latent_space)
 
 
-def _load_saved_pipeline(path: str, trust_remote_code: bool) -> DiffusionPipeline:
+def _dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The argument of `from_pretrained`: diffusers renamed it in 0.40, and earlier versions ignore the new name."""
+    return {"dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype": dtype}
+
+
+def _load_saved_pipeline(path: str, *, trust_remote_code: bool, **of_dtype: torch.dtype) -> DiffusionPipeline:
     try:
-        return DiffusionPipeline.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return DiffusionPipeline.from_pretrained(path, trust_remote_code=trust_remote_code, **of_dtype)
     except AttributeError as error:  # diffusers asks its own module for the class
         raise ValueError(
             f"{path!r} must be a pipeline of a class that diffusers finds, got another one ({error}). Put the file of "
