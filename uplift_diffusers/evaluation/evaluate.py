@@ -338,10 +338,12 @@ def _build_parser(program: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    given = {"default": argparse.SUPPRESS}
-    source.add_argument("--data_dir", **given, help="super-resolution: folder of photographs, or .tar shards")
-    source.add_argument("--dataset_name", **given, help="super-resolution: dataset on the hub, or a folder of one")
-    source.add_argument("--prompts", **given, help="text to image: COCO captions (.json), or a text file, one a line")
+    for name, description in (
+        ("--data_dir", "super-resolution: folder of photographs, or .tar shards"),
+        ("--dataset_name", "super-resolution: dataset on the hub, or a folder of one"),
+        ("--prompts", "text to image: COCO captions (.json), or a text file, one a line"),
+    ):
+        source.add_argument(name, default=argparse.SUPPRESS, help=description)
     parser.add_argument(
         "--model", default=str(embedded_bundle()), help="pipeline of the method uplift (default: that of the package)"
     )

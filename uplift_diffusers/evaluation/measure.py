@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,10 +108,10 @@ class Evaluation:
         """The features of the real image `item`."""
         return self.store.read(self._real_entry(item))
 
-    def measure_costs(self, *, edges: dict[int, Sequence[int]], repeats: int) -> dict[int, dict[str, list[Cost]]]:
+    def measure_costs(self, *, edges: Mapping[int, Sequence[int]], repeats: int) -> dict[int, dict[str, list[Cost]]]:
         """By scale and timed method, the cost of outputs of `edges[scale]` pixels, medians of `repeats` calls."""
         methods = [method for method in self.methods if method.timed]
-        costs = {scale: {method.name: [] for method in methods} for scale in edges}
+        costs: dict[int, dict[str, list[Cost]]] = {scale: {method.name: [] for method in methods} for scale in edges}
         jobs = [(scale, edge, method) for scale in edges for edge in edges[scale] for method in methods]
         for scale, edge, method in tqdm(jobs, unit="method", desc="Time and memory", disable=None, dynamic_ncols=True):
             sample = self.protocol.timing_sample(scale=scale, edge=edge)

@@ -265,8 +265,8 @@ class MethodSpec:
                 f"`methods` must be of {', '.join(BUILT_IN)}, or say where the weights are, got {word!r}. "
                 f"For example: {name}=runs/{name}"
             )
-        options = dict(pair.split("=", 1) if "=" in pair else (pair, "") for pair in text.split(",")) if text else {}
-        return cls(name, path, {key: _value(value) for key, value in options.items()})
+        pairs = [pair.partition("=") for pair in text.split(",")] if text else []
+        return cls(name, path, {key: _value(value) for key, _, value in pairs})
 
 
 def parse_methods(words: Iterable[str]) -> list[MethodSpec]:
@@ -308,7 +308,8 @@ def make_methods(
     if of_latents and "vae" in (spec.name for spec in specs if spec.path is None):
         raise ValueError("`methods` must not have 'vae' for text-to-image: there is no photograph to encode.")
     built_in = {"bicubic": bicubic, "bilinear": bilinear, "vae": vae_round_trip}
-    methods, loaded = [], {None: pipeline}
+    methods: list[Method] = []
+    loaded: dict[str | None, DiffusionPipeline] = {None: pipeline}
     for spec in specs:
         if spec.path is None and spec.name in built_in:
             methods.append(built_in[spec.name](vae, space))
@@ -318,7 +319,7 @@ def make_methods(
                 raise ValueError(f"`{spec.name}` must have no options, for its images are made already.")
             methods.append(folder_method(spec.name, Path(spec.path), samples=samples))
             continue
-        if spec.path not in loaded:
+        if spec.path is not None and spec.path not in loaded:
             found = load_pipeline(
                 spec.path, vae=vae, latent_space=space.name, dtype=dtype, trust_remote_code=trust_remote_code
             )

@@ -115,10 +115,8 @@ class Metrics:
         if {"fid", "kid"} & set(self.names):
             record["features"] = self._features(pixels)[0]
         if "patch_fid" in self.names:
-            places = patch_places(
-                tuple(pixels.shape[2:]), self.patch_size, count=self.patches, seed=self.seed, digest=digest
-            )
-            edge = self.patch_size
+            size, edge = (pixels.shape[2], pixels.shape[3]), self.patch_size
+            places = patch_places(size, edge, count=self.patches, seed=self.seed, digest=digest)
             crops = [pixels[..., top : top + edge, left : left + edge] for top, left in places]
             record["patch_features"] = self._features(torch.cat(crops))  # (patches, 2048)
         return record

@@ -312,11 +312,8 @@ class TextToImage:
 
     def outline(self) -> list[Sample]:
         """All samples, without their latents."""
-        return [
-            Sample(name=item.name, scale=scale, size=(self.output_edge(scale),) * 2)
-            for item in self.items
-            for scale in self.scales
-        ]
+        sizes = {scale: (self.output_edge(scale), self.output_edge(scale)) for scale in self.scales}
+        return [Sample(name=item.name, scale=scale, size=sizes[scale]) for item in self.items for scale in self.scales]
 
     def sample(self, item: Item, scale: int) -> Sample:
         """The latents of the prompt `item`."""

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.utils.logging import get_logger
@@ -157,7 +158,7 @@ def _json(value: object) -> str:
     return json.dumps(value, sort_keys=True, default=str)
 
 
-def _settings(part: object) -> dict:
+def _settings(part: Any) -> dict:
     if hasattr(part, "get_vocab"):  # a tokenizer
         values = {"vocabulary": part.get_vocab(), "length": part.model_max_length, "special": part.special_tokens_map}
     else:

@@ -12,6 +12,7 @@ import math
 import platform
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -262,7 +263,7 @@ def _number(value: float, layout: str) -> str:
     return layout.format(value) if math.isfinite(value) else layout.format(value).replace("inf", "∞")
 
 
-def _as_json(value: object) -> object:
+def _as_json(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return _as_json({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
     if isinstance(value, dict):
