@@ -257,3 +257,20 @@ def test_what_cannot_be_measured_ends_with_one_sentence(
     error = capsys.readouterr().err
     assert sentence in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), 1, "Out of memory. Name smaller crops"),
+        (KeyboardInterrupt(), 130, "Interrupted. What was measured in --output_dir is kept"),
+    ],
+    ids=["memory", "interruption"],
+)
+def test_a_run_that_breaks_off_ends_with_one_sentence(error, code, sentence, monkeypatch, capsys):
+    def fail(options):
+        raise error
+
+    monkeypatch.setattr("uplift_diffusers.evaluation.evaluate.run", fail)
+    assert main(["--data_dir", "photos"]) == code
+    assert capsys.readouterr().err.startswith(sentence)

@@ -122,6 +122,11 @@ def main(arguments: list[str] | None = None, *, program: str = "uplift-diffusers
     except (OSError, ValueError, TypeError, ImportError) as error:
         print(error, file=sys.stderr)
         return 1
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print("Out of memory. Name smaller crops (--crop), another --dtype or other --methods.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("Interrupted. What was measured in --output_dir is kept for the next run.", file=sys.stderr)
         return 130
