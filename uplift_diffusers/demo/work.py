@@ -141,10 +141,10 @@ def compare_methods(
         StoppedError: see [`Job`].
     """
     import torch
-    import torch.nn.functional as F
 
     from uplift_diffusers.images.convert import Picture, assemble_pil, pad_to_multiple, read_pictures, resize
     from uplift_diffusers.latent_space import LatentCodec
+    from uplift_diffusers.models.interpolation import interpolate_latents
     from uplift_diffusers.pipelines.upscale_stage import decode_strips_to_scale
 
     job.plan({"Interpolating": 0.4, "Enlarging": 0.6})
@@ -157,7 +157,7 @@ def compare_methods(
     images = {"Bicubic": job.aside(lambda: Picture(resize(color[None], large)[0]).to_pil())}
     with torch.no_grad(), stoppable(job, pipeline.vae):
         raw_latents = codec.encode(pad_to_multiple(color[None].to(pipeline.device), codec.space.spatial_factor))
-        raw_latents = F.interpolate(raw_latents.float(), scale_factor=scale, mode="bilinear")
+        raw_latents = interpolate_latents(raw_latents, scale=scale)
         strips = decode_strips_to_scale(
             raw_latents, codec=codec, size=size, num_steps=num_steps_for_scale(scale), scale=scale
         )
