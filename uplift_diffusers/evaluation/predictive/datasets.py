@@ -181,8 +181,8 @@ def pair_folders(images: str | Path, targets: str | Path, *, suffixes: Sequence[
         )
     if missing:
         raise FileNotFoundError(
-            f"`{targets}` must hold a file for each photograph, got none for {len(missing)} of {len(found)}, the first "
-            f"of them {missing[0]}."
+            f"`{targets}` must hold a file for each photograph, got none for {len(missing)} of {len(found)}, the "
+            f"first of them {missing[0]}."
         )
     return pairs
 
@@ -245,7 +245,8 @@ def square_target(target: torch.Tensor, image: torch.Tensor, size: int, pair: Pa
     """(H, W) -> (size, size), as `square` but without mixing values."""
     if target.shape != image.shape[1:]:
         raise ValueError(
-            f"`{pair.target}` must have the size of its photograph, {tuple(image.shape[1:])}, got {tuple(target.shape)}."
+            f"`{pair.target}` must have the size of its photograph, {tuple(image.shape[1:])}, "
+            f"got {tuple(target.shape)}."
         )
     values = target[None, None].float()
     scaled = F.interpolate(values, size=_scaled(image.shape[1:], size), mode="nearest-exact")[0, 0]

@@ -1,9 +1,9 @@
 """
 Depths that a named model predicts, where no true ones are at hand.
 
-Most such models give relative inverse depths, whose scale and shift are unknown. Each is divided by its median here, and
-predictions are aligned to it before they are scored (Ranftl et al. 2022, section 5). Scoring them as if they were metres,
-as was published, makes the figures depend on a scale that nobody knows.
+Most such models give relative inverse depths, whose scale and shift are unknown. Here each is divided by its median,
+and predictions are aligned to it before they are scored (Ranftl et al. 2022, section 5). Scoring them as if they were
+metres, as was published, makes the figures depend on a scale that nobody knows.
 """
 
 import os

@@ -1,9 +1,9 @@
 """
 Do upsampled features stay in the backbone's feature space?
 
-One probe is fitted on the backbone's own features and frozen. After every 2x step of every upsampler it is applied, and
-the result is pooled back to the tokens and compared with them. This is the central claim of Walmer et al. 2026 in
-figures: features that drift are read worse by a probe which knows only the backbone's.
+One probe is fitted on the backbone's own features and frozen. It is applied after every 2x step of every upsampler,
+and the result is pooled back to the tokens and compared with them. This is the central claim of Walmer et al. 2026 in
+figures: a probe that knows only the backbone's features reads those worse that drift.
 """
 
 from dataclasses import dataclass

@@ -29,9 +29,9 @@ _OF_DEPTHS = ("depth_model", "units_per_metre")
 _OF_DRIFT = ("num_steps",)
 _OF_COST = ("tokens", "channels", "patch_size", "repeats", "threads", "memory_limit", "time_limit")
 _OF_PROBES = (
-    "backbone feature_space train_images train_targets val_images val_targets image_size limit epochs learning_rate "
-    "batch_size num_workers"
-).split()
+    *("backbone", "feature_space", "train_images", "train_targets", "val_images", "val_targets", "image_size"),
+    *("limit", "epochs", "learning_rate", "batch_size", "num_workers", "fresh"),
+)
 _WITHOUT_EFFECT = {
     "segmentation": (*_OF_DEPTHS, *_OF_DRIFT, *_OF_COST),
     "drift": (*_OF_DEPTHS, *_OF_COST),
@@ -95,6 +95,7 @@ def _build_parser() -> argparse.ArgumentParser:
     probes.add_argument("--learning_rate", type=float, help="default: 5e-4, depth 5e-3")
     probes.add_argument("--batch_size", type=_positive, help="default: 2")
     probes.add_argument("--num_workers", type=int, help="processes that read images (default: 0)")
+    probes.add_argument("--fresh", action="store_true", help="measure again what lies in the records")
     probes.add_argument("--num_steps", type=_positive, help="2x steps of --task drift (default: 4)")
 
     cost = parser.add_argument_group("cost")

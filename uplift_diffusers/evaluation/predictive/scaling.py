@@ -186,7 +186,7 @@ def measure_costs(
 
 def fit_exponent(points: Sequence[CostPoint], quantity: str, *, last: int | None = None) -> float | None:
     """
-    The slope of log(quantity) over log(tokens) by least squares, of what was measured; None from fewer than two points.
+    The slope of log(quantity) over log(tokens) by least squares, of what was measured; None from less than two points.
 
     Args:
         quantity: "seconds", "peak_bytes" or "flop" (which is always known).

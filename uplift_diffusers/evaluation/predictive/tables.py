@@ -71,8 +71,8 @@ def write_depth_report(scores: dict[str, dict[str, np.ndarray]], run: dict, fold
         if REFERENCE in scores and name != REFERENCE
     }
     notes = (
-        "Targets are relative: each image's was divided by its median, and predictions were aligned to it by scale and "
-        "shift before scoring. The figures cannot be compared with ones that score relative depths as metres."
+        "Targets are relative: each image's were divided by their median, and predictions were aligned to them by "
+        "scale and shift before scoring. The figures are not those of relative depths that are scored as metres."
         if run["aligned"]
         else "Targets are metres, and predictions were scored as they are."
     )

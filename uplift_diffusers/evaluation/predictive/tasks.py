@@ -51,6 +51,7 @@ from uplift_diffusers.evaluation.predictive.tables import (
 )
 from uplift_diffusers.evaluation.predictive.upsamplers import UpsamplerSpec, load_upsampler
 from uplift_diffusers.evaluation.records import Entry, Record, RecordStore
+from uplift_diffusers.image_files import find_image_files
 from uplift_diffusers.runtime import device_name
 
 SCHEDULES = {
@@ -91,6 +92,7 @@ class Request:
     batch_size: int = 2
     num_workers: int = 0
     seed: int = 0
+    fresh: bool = False
     num_steps: int = 4
     tokens: Sequence[int] = (64, 256, 576, 1024, 1521, 2601)
     channels: int = 384
@@ -118,18 +120,17 @@ def run(request: Request) -> None:
     if request.task == "cost":
         run_cost(request)
         return
-    # Data first: what is wrong with a folder shows before networks are loaded.
-    train, val = open_depths(request) if request.task == "depth" else open_labels(request)
     specs = [UpsamplerSpec.parse(text) for text in request.upsamplers or ("nearest", "bilinear")]
     names = [spec.name for spec in specs]
     if len(set(names)) < len(names):
         raise ValueError(f"`upsamplers` must have different names, got {names}.")
+    if request.backbone is None:
+        raise ValueError(f"`backbone` must be given for --task {request.task}, got None. Name a folder or a hub id.")
+    # Data first: what is wrong with a folder shows before networks are loaded.
+    train, val = open_depths(request) if request.task == "depth" else open_labels(request)
     backbone = _load_backbone(request)
-    space = backbone.space
     upsamplers = {
-        spec.name: load_upsampler(
-            spec, channels=space.channels, patch_size=space.patch_size, query_chunk=request.query_chunk
-        ).to(request.device)
+        spec.name: load_upsampler(spec, backbone.space, query_chunk=request.query_chunk).to(request.device)
         for spec in specs
     }
     tasks = {"segmentation": run_segmentation, "depth": run_depth, "drift": run_drift}
@@ -155,7 +156,7 @@ def open_labels(request: Request) -> tuple[LabelledImages, LabelledImages]:
 
 
 def open_depths(request: Request) -> tuple[Dataset, Dataset]:
-    """The training and the validation part, with depths from files or of a model, which are predicted here."""
+    """The training and the validation part, with depths from files or of a model, which are not predicted yet."""
     size = request.image_size
     if request.depth_model is None:
         _check_folders(request, with_targets=True)
@@ -163,8 +164,6 @@ def open_depths(request: Request) -> tuple[Dataset, Dataset]:
         train, val = (DepthImages(part, units_per_metre=request.units_per_metre, size=size) for part in pairs)
         return train, val
     _check_folders(request, with_targets=False)
-    from uplift_diffusers.image_files import find_image_files
-
     parts = []
     for name, folder in (("train", request.train_images), ("val", request.val_images)):
         images = find_image_files(Path(folder))[: request.limit]
@@ -173,8 +172,6 @@ def open_depths(request: Request) -> tuple[Dataset, Dataset]:
         place = f"{Path(request.depth_model).name}-{name}-{size}"
         kept = request.output_dir / "depths" / place
         parts.append(PredictedDepths(images, request.depth_model, kept, size=size, device=request.device))
-    for part in parts:
-        part.predict()
     return parts[0], parts[1]
 
 
@@ -200,10 +197,13 @@ def run_segmentation(
 def run_depth(request: Request, backbone, upsamplers: Upsamplers, train: Dataset, val: Dataset) -> None:
     """One probe for each upsampler, trained on its features and the CLS token; delta1 and RMSE."""
     aligned = isinstance(val, PredictedDepths) and not val.is_metric
+    for part in (train, val):
+        if isinstance(part, PredictedDepths):
+            part.predict()
+    channels = FeatureSource(backbone, None, device=request.device, with_cls=True)(train[0][0][None]).shape[1]
 
     def measure(name: str) -> Record:
         source = FeatureSource(backbone, upsamplers[name], device=request.device, with_cls=True)
-        channels = source(train[0][0][None]).shape[1]
         probe = _seeded(request, lambda: DepthProbe(channels))
         fit(probe, train, source, depth_loss, request.schedule, title=name)
         scores = measure_depth(probe, val, source, aligned=aligned, num_workers=request.num_workers, title=name)
@@ -308,8 +308,6 @@ def _versions() -> dict[str, str]:
 
 
 def _load_backbone(request: Request):
-    if request.backbone is None:
-        raise ValueError(f"`backbone` must be given for --task {request.task}, got None. Name a folder or a hub id.")
     from uplift_diffusers.feature_space import FeatureBackbone
 
     backbone = FeatureBackbone.from_pretrained(request.backbone, request.feature_space)
@@ -340,7 +338,7 @@ def _measure_all(
     for name, upsampler in upsamplers.items():
         made_of = [type(upsampler).__name__, _digest(upsampler)] if upsampler is not None else None
         entry = Entry(request.task, name, {**common, "upsampler": made_of})
-        if not store.holds(entry):
+        if request.fresh or not store.holds(entry):
             store.write(entry, measure(name))
         records[name] = store.read(entry)
     return records
@@ -349,7 +347,7 @@ def _measure_all(
 def _data_identity(data: Dataset) -> list:
     """Names and sizes of the files."""
     if isinstance(data, PredictedDepths):
-        return [[path.name, path.stat().st_size] for path in data.squares.images]
+        return [_digest(data.model), *([path.name, path.stat().st_size] for path in data.squares.images)]
     scale = getattr(data, "units_per_metre", None)
     return [[pair.name, pair.image.stat().st_size, pair.target.stat().st_size, scale] for pair in data.pairs]
 

@@ -67,31 +67,24 @@ class UpsamplerSpec:
         return self.name not in PEERS or bool(PEERS[self.name].licence)
 
 
-def load_upsampler(
-    spec: UpsamplerSpec, *, channels: int, patch_size: int, query_chunk: int | None = None
-) -> FeatureUpsampler:
+def load_upsampler(spec: UpsamplerSpec, space, *, query_chunk: int | None = None) -> FeatureUpsampler:
     """
     Load an upsampler with its weights, in evaluation mode.
 
     Args:
         spec: which one.
-        channels, patch_size: of the backbone's features.
+        space: the `FeatureSpace` of the backbone.
         query_chunk: see `load_peer`.
     Raises:
         ValueError: it has no path, or was made for other features.
     """
     if spec.path is None and spec.has_weights:
+        where = f"; they are published: {PEERS[spec.name].weights}" if spec.name in PEERS else ""
         raise ValueError(
-            f"`upsamplers` must give weights for {spec.name}, got no path. Write {spec.name}=PATH"
-            + (f"; they are published: {PEERS[spec.name].weights}." if spec.name in PEERS else ".")
+            f"`upsamplers` must give weights for {spec.name}, got no path. Write {spec.name}=PATH{where}."
         )
     if spec.name in PEERS:
-        return load_peer(spec.name, channels=channels, weights=spec.path, query_chunk=query_chunk)
+        return load_peer(spec.name, channels=space.channels, weights=spec.path, query_chunk=query_chunk)
     model = UPLiFTModel.from_pretrained(spec.path)
-    trained_for = (model.config.latent_channels, model.config.spatial_factor)
-    if trained_for != (channels, patch_size):
-        raise ValueError(
-            f"`upsamplers` must fit the backbone, which has {channels} channels and patch size {patch_size}, got "
-            f"{spec.name} for {trained_for[0]} and {trained_for[1]}."
-        )
+    space.check_upsampler(model)
     return UPLiFT(model.eval())
