@@ -10,7 +10,6 @@ import ctypes
 import json
 import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -280,6 +279,8 @@ def _measure_here(workload: Workload, limits: Limits, device: str) -> tuple[floa
     torch.manual_seed(0)
     call = workload.make(device)
     if device == "cpu":
+        import resource  # not on Windows
+
         # After imports and weights: their address space is not the call's.
         in_use = _status_bytes("VmData")
         limit = int(in_use + 1.25 * limits.bytes)
@@ -323,9 +324,15 @@ def _status_bytes(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
 
 
-def available_bytes() -> float:
-    """Memory that can be had now."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def available_bytes(device: str) -> float:
+    """Memory that can be had now: of the GPU, or of the machine as Linux estimates it, elsewhere what it has."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+        return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def known_methods() -> tuple[str, ...]:

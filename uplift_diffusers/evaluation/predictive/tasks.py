@@ -254,7 +254,7 @@ def run_cost(request: Request) -> None:
     unknown = [method for method in methods if method not in known_methods()]
     if unknown:
         raise ValueError(f"`upsamplers` must be among {known_methods()} for --task cost, got {unknown[0]!r}.")
-    memory = 0.7 * available_bytes() if request.memory_limit is None else request.memory_limit * 2**30
+    memory = 0.7 * available_bytes(request.device) if request.memory_limit is None else request.memory_limit * 2**30
     limits = Limits(memory, request.time_limit, repeats=request.repeats, threads=request.threads)
     points = measure_costs(
         methods,
