@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tests.predictive.parts import TinyBackbone, tiny_uplift, write_scenes
-from uplift_diffusers.evaluation.predictive import scaling, tasks
+from uplift_diffusers.evaluation.predictive import tasks
 from uplift_diffusers.evaluation.predictive.evaluate import main
+from uplift_diffusers.evaluation.predictive.scaling import count_flop
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +84,13 @@ def test_an_upsampler_is_not_measured_again(scenes, backbone, tmp_path):
 
 
 def test_costs_are_reported_with_what_was_computed_marked(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        scaling, "_run", lambda workload, *_: (scaling.count_flop(workload) / 1e11, 1e6 * workload.tokens)
-    )
+    calls = []
+
+    def measure(workload, limits, device):
+        calls.append(workload.tokens)
+        return count_flop(workload) / 1e11, 1e6 * workload.tokens
+
+    monkeypatch.setattr(tasks, "measure_in_process", measure)
     options = ["--upsamplers", "uplift", "jafar", "--tokens", 64, 256, 1024, "--time_limit", 4]
     assert call("cost", tmp_path, *options) == 0
     values, text = report(tmp_path)
@@ -94,6 +99,9 @@ def test_costs_are_reported_with_what_was_computed_marked(tmp_path, monkeypatch)
     assert values["exponents"]["uplift"]["seconds"][0] == pytest.approx(1, abs=0.01)
     assert ": time)" in text
     assert (tmp_path / "cost.png").stat().st_size > 10_000
+    assert calls == [64, 256, 1024, 64, 256]
+    assert call("cost", tmp_path, *options) == 0
+    assert len(calls) == 5  # nothing is measured twice
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import math
 
 import pytest
 
-from uplift_diffusers.evaluation.predictive import scaling
 from uplift_diffusers.evaluation.predictive.scaling import (
     CostPoint,
     Limits,
@@ -13,6 +12,7 @@ from uplift_diffusers.evaluation.predictive.scaling import (
     find_crossing,
     fit_exponent,
     measure_costs,
+    measure_in_process,
     sides_of,
 )
 
@@ -64,7 +64,7 @@ def test_the_crossing_is_found_where_the_curves_meet():
     assert find_crossing(linear, points(*((t, 400 * t) for t in counts)), "seconds") is None
 
 
-def test_what_does_not_fit_is_computed_and_marked(monkeypatch):
+def test_what_does_not_fit_is_computed_and_marked():
     """Measured at 16 and 64 tokens: a second for each GFLOP, and memory of which a quarter grows as T squared."""
     asked = []
 
@@ -72,21 +72,20 @@ def test_what_does_not_fit_is_computed_and_marked(monkeypatch):
         asked.append(workload.tokens)
         return count_flop(workload) / 1e9, 3e3 * workload.tokens + 15.625 * workload.tokens**2
 
-    monkeypatch.setattr(scaling, "_run", run)
     limits = Limits(bytes=3e6, seconds=1e6)
-    found = measure_costs(["jafar"], [4, 8, 16, 32], limits=limits)["jafar"]
+    found = measure_costs(["jafar"], [4, 8, 16, 32], limits=limits, measure=run)["jafar"]
     assert [point.measured for point in found] == [True, True, True, False]
     assert asked == [16, 64, 256]
     assert found[3].reason == "memory"
     assert found[3].peak_bytes == pytest.approx(3e3 * 1024 + 15.625 * 1024**2, rel=1e-6)
     assert found[3].seconds == pytest.approx(found[3].flop / 1e9, rel=1e-6)
-    slow = measure_costs(["jafar"], [4, 8, 16], limits=Limits(bytes=1e12, seconds=50))["jafar"]
+    slow = measure_costs(["jafar"], [4, 8, 16], limits=Limits(bytes=1e12, seconds=50), measure=run)["jafar"]
     assert [(point.measured, point.reason) for point in slow] == [(True, ""), (True, ""), (False, "time")]
 
 
-def test_methods_that_cannot_take_so_few_tokens_are_left_out(monkeypatch):
-    monkeypatch.setattr(scaling, "_run", lambda *_: (1.0, 1.0))
-    assert [point.tokens for point in measure_costs(["naf"], [8, 9], limits=LIMITS)["naf"]] == [81]
+def test_methods_that_cannot_take_so_few_tokens_are_left_out():
+    points = measure_costs(["naf"], [8, 9], limits=LIMITS, measure=lambda *_: (1.0, 1.0))["naf"]
+    assert [point.tokens for point in points] == [81]
 
 
 @pytest.mark.slow
@@ -104,7 +103,7 @@ def test_time_and_memory_are_measured_in_another_process():
 @pytest.mark.slow
 def test_a_call_beyond_its_memory_fails_by_itself():
     workload = Workload("jafar", side=20)  # scores of 4 * 102,400 * 400 numbers
-    assert scaling._run(workload, Limits(bytes=2e8, seconds=60, repeats=1), "cpu") == "memory"
+    assert measure_in_process(workload, Limits(bytes=2e8, seconds=60, repeats=1), "cpu") == "memory"
 
 
 def test_numbers_of_tokens_are_squares():

@@ -21,7 +21,7 @@ Examples:
       --upsamplers bilinear uplift=runs/uplift lift=runs/lift --output_dir report
   python eval_predictive.py --task cost --tokens 64 256 1024 2601 --output_dir report
 
-The same command goes on where it was stopped: an upsampler in OUTPUT_DIR/records is not measured again.
+The same command goes on where it was stopped: what lies in OUTPUT_DIR/records is not measured again.
 """
 
 _OF_LABELS = ("dataset", "data_dir", "num_classes")
@@ -30,7 +30,7 @@ _OF_DRIFT = ("num_steps",)
 _OF_COST = ("tokens", "channels", "patch_size", "repeats", "threads", "memory_limit", "time_limit")
 _OF_PROBES = (
     *("backbone", "feature_space", "train_images", "train_targets", "val_images", "val_targets", "image_size"),
-    *("limit", "epochs", "learning_rate", "batch_size", "num_workers", "fresh"),
+    *("limit", "epochs", "learning_rate", "batch_size", "num_workers"),
 )
 _WITHOUT_EFFECT = {
     "segmentation": (*_OF_DEPTHS, *_OF_DRIFT, *_OF_COST),
@@ -75,6 +75,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--upsamplers", nargs="+", metavar="UPSAMPLER", help="see below (default: those without PATH)")
     parser.add_argument("--query_chunk", type=_positive, help="positions that attend to all tokens at a time")
     parser.add_argument("--device", help="default: cpu")
+    parser.add_argument("--fresh", action="store_true", help="measure again what lies in the records")
     parser.add_argument("--seed", type=int, help="of probes and intervals (default: 0)")
 
     probes = parser.add_argument_group("segmentation, depth and drift")
@@ -95,7 +96,6 @@ def _build_parser() -> argparse.ArgumentParser:
     probes.add_argument("--learning_rate", type=float, help="default: 5e-4, depth 5e-3")
     probes.add_argument("--batch_size", type=_positive, help="default: 2")
     probes.add_argument("--num_workers", type=int, help="processes that read images (default: 0)")
-    probes.add_argument("--fresh", action="store_true", help="measure again what lies in the records")
     probes.add_argument("--num_steps", type=_positive, help="2x steps of --task drift (default: 4)")
 
     cost = parser.add_argument_group("cost")

@@ -25,12 +25,12 @@ from tqdm.auto import tqdm
 
 from uplift_diffusers.evaluation.predictive.peers import PEERS, load_peer
 from uplift_diffusers.evaluation.predictive.peers.interface import FeatureUpsampler
-from uplift_diffusers.evaluation.predictive.upsamplers import UPLiFT
-from uplift_diffusers.models.conversion import VARIANTS
-from uplift_diffusers.models.upsampler import UPLiFTModel
 
 REFERENCE = "uplift"
 """The method that the others are compared with."""
+
+Measured = tuple[float, float | None]
+"""Seconds and bytes."""
 
 _ATEN = torch.ops.aten
 _ELEMENTWISE_FLOP = {
@@ -81,6 +81,11 @@ class Workload:
     def _upsampler(self) -> FeatureUpsampler:
         if self.method != REFERENCE:
             return load_peer(self.method, channels=self.channels, query_chunk=self.query_chunk)
+        # Not above: diffusers takes seconds to import, in every process that measures.
+        from uplift_diffusers.evaluation.predictive.upsamplers import UPLiFT
+        from uplift_diffusers.models.conversion import VARIANTS
+        from uplift_diffusers.models.upsampler import UPLiFTModel
+
         config = {**VARIANTS["dinov3-splus16"], "latent_channels": self.channels, "spatial_factor": self.patch_size}
         return UPLiFT(UPLiFTModel(**config))
 
@@ -127,6 +132,9 @@ class Limits:
     threads: int = 1
 
 
+Measure = Callable[[Workload, Limits, str], Measured | str]
+
+
 def count_flop(workload: Workload) -> int:
     """
     Floating-point operations of a call, counted without computing anything.
@@ -149,6 +157,7 @@ def measure_costs(
     patch_size: int = 16,
     query_chunk: int | None = None,
     device: str = "cpu",
+    measure: Measure | None = None,
 ) -> dict[str, list[CostPoint]]:
     """
     By method, a point for each number of tokens, in ascending order; those that a method cannot take are left out.
@@ -159,7 +168,9 @@ def measure_costs(
         limits: see [`Limits`].
         channels, patch_size, query_chunk: see [`Workload`].
         device: "cpu" or "cuda".
+        measure: in place of `measure_in_process`, to remember what it gave.
     """
+    measure = measure or measure_in_process
     points: dict[str, list[CostPoint]] = {method: [] for method in methods}
     jobs = [(method, side) for method in methods for side in sorted(set(sides))]
     for method, side in tqdm(jobs, desc="Time and memory", unit="point", disable=None, dynamic_ncols=True):
@@ -172,7 +183,7 @@ def measure_costs(
         computed = _compute(workload, flop, known)
         reason = _why_not(computed, limits)
         if not reason:
-            measured = _run(workload, limits, device)
+            measured = measure(workload, limits, device)
             if isinstance(measured, str):
                 reason = measured
             else:
@@ -252,8 +263,8 @@ def _why_not(computed: tuple[float | None, float | None], limits: Limits) -> str
     return "time" if seconds is not None and seconds > limits.seconds else ""
 
 
-def _run(workload: Workload, limits: Limits, device: str) -> tuple[float, float | None] | str:
-    """Seconds and bytes of a call, measured in another process; the reason where it could not be."""
+def measure_in_process(workload: Workload, limits: Limits, device: str) -> Measured | str:
+    """Seconds and bytes of a call, measured in another process; "memory" or "time" where that was not enough."""
     order = json.dumps({"workload": asdict(workload), "limits": asdict(limits), "device": device})
     environment = {**os.environ, "OMP_NUM_THREADS": str(limits.threads), "PYTHONPATH": os.pathsep.join(sys.path)}
     patience = 120 + 4 * (limits.repeats + 2) * limits.seconds
@@ -274,7 +285,7 @@ def _run(workload: Workload, limits: Limits, device: str) -> tuple[float, float 
     return tuple(json.loads(finished.stdout.splitlines()[-1]))
 
 
-def _measure_here(workload: Workload, limits: Limits, device: str) -> tuple[float, float | None]:
+def _measure_here(workload: Workload, limits: Limits, device: str) -> Measured:
     torch.set_num_threads(limits.threads)
     torch.manual_seed(0)
     call = workload.make(device)

@@ -1,6 +1,7 @@
 """The four tasks of `eval_predictive.py`: what is measured, in which order, and where the measurements are kept."""
 
 import hashlib
+import math
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -38,9 +39,12 @@ from uplift_diffusers.evaluation.predictive.probes import (
 )
 from uplift_diffusers.evaluation.predictive.scaling import (
     Limits,
+    Measured,
+    Workload,
     available_bytes,
     known_methods,
     measure_costs,
+    measure_in_process,
     sides_of,
 )
 from uplift_diffusers.evaluation.predictive.tables import (
@@ -256,9 +260,26 @@ def run_cost(request: Request) -> None:
         raise ValueError(f"`upsamplers` must be among {known_methods()} for --task cost, got {unknown[0]!r}.")
     memory = 0.7 * available_bytes(request.device) if request.memory_limit is None else request.memory_limit * 2**30
     limits = Limits(memory, request.time_limit, repeats=request.repeats, threads=request.threads)
+    store = RecordStore(request.output_dir / "records")
+
+    def remember(workload: Workload, limits: Limits, device: str) -> Measured | str:
+        settings = {"repeats": limits.repeats, "threads": limits.threads, "device": device_name(device)}
+        identity = {**asdict(workload), **settings, "versions": _versions()}
+        entry = Entry("cost", f"{workload.method}-{workload.tokens}", identity)
+        if request.fresh or not store.holds(entry):
+            measured = measure_in_process(workload, limits, device)
+            if isinstance(measured, str):
+                return measured
+            seconds, peak_bytes = measured
+            numbers = (seconds, math.nan if peak_bytes is None else peak_bytes)
+            store.write(entry, {"seconds_and_bytes": torch.tensor(numbers, dtype=torch.float64)})
+        seconds, peak_bytes = store.read(entry)["seconds_and_bytes"].tolist()
+        return seconds, None if math.isnan(peak_bytes) else peak_bytes
+
     points = measure_costs(
         methods,
         sides_of(request.tokens),
+        measure=remember,
         limits=limits,
         channels=request.channels,
         patch_size=request.patch_size,
