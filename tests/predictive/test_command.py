@@ -115,6 +115,16 @@ def test_costs_are_reported_with_what_was_computed_marked(tmp_path, monkeypatch)
             ["--backbone", "x", "--dataset", "voc", "--data_dir", "nowhere"],
             "`data_dir` must be a folder",
         ),
+        (
+            "drift",
+            ["--backbone", "x", "--dataset", "voc", "--data_dir", ".", "--num_classes", "3"],
+            "`num_classes` must not be given for the data set voc",
+        ),
+        (
+            "depth",
+            ["--backbone", "x", "--depth_model", "y", "--val_targets", "."],
+            "must not be given for depths of a",
+        ),
         ("segmentation", ["--tokens", "64"], "`tokens` must not be given with --task segmentation"),
         ("cost", ["--epochs", "3"], "`epochs` must not be given with --task cost"),
         ("cost", ["--tokens", "60"], "`tokens` must be squares"),

@@ -165,9 +165,7 @@ def pair_folders(images: str | Path, targets: str | Path, *, suffixes: Sequence[
     for folder in (images, targets):
         if not folder.is_dir():
             raise FileNotFoundError(f"`{folder}` is not a folder.")
-    found = find_image_files(images)
-    if not found:
-        raise FileNotFoundError(f"`{images}` must hold photographs, got none.")
+    found = find_photographs(images)
     pairs, missing = [], []
     for image in found:
         name = image.relative_to(images).with_suffix("")
@@ -185,6 +183,18 @@ def pair_folders(images: str | Path, targets: str | Path, *, suffixes: Sequence[
             f"first of them {missing[0]}."
         )
     return pairs
+
+
+def find_photographs(folder: str | Path) -> list[Path]:
+    """
+    All image files below a folder, sorted.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if found := find_image_files(Path(folder)):
+        return found
+    raise FileNotFoundError(f"`{folder}` must hold photographs, got none.")
 
 
 def read_image(path: Path) -> torch.Tensor:
@@ -296,14 +306,12 @@ def _ade20k(folder: Path, split: str) -> list[Pair]:
 def _cityscapes(folder: Path, split: str) -> list[Pair]:
     images, targets = _first_folder(folder / "leftImg8bit" / split), _first_folder(folder / "gtFine" / split)
     pairs = []
-    for image in find_image_files(images):
+    for image in find_photographs(images):
         name = str(image.relative_to(images).with_suffix("")).removesuffix("_leftImg8bit")
         target = targets / f"{name}_gtFine_labelIds.png"
         if not target.is_file():
             raise FileNotFoundError(f"`{target}` must be there for its photograph, got no such file.")
         pairs.append(Pair(name, image, target))
-    if not pairs:
-        raise FileNotFoundError(f"`{images}` must hold photographs, got none.")
     return pairs
 
 

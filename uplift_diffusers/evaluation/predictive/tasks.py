@@ -20,6 +20,7 @@ from uplift_diffusers.evaluation.predictive.datasets import (
     Classes,
     DepthImages,
     LabelledImages,
+    find_photographs,
     open_dataset,
     pair_folders,
 )
@@ -55,7 +56,6 @@ from uplift_diffusers.evaluation.predictive.tables import (
 )
 from uplift_diffusers.evaluation.predictive.upsamplers import UpsamplerSpec, load_upsampler
 from uplift_diffusers.evaluation.records import Entry, Record, RecordStore
-from uplift_diffusers.image_files import find_image_files
 from uplift_diffusers.runtime import device_name
 
 SCHEDULES = {
@@ -64,6 +64,8 @@ SCHEDULES = {
     "depth": Schedule(epochs=5, learning_rate=5e-3),
 }
 """How the probes of each task are trained where nothing else is said."""
+
+_FOLDERS = ("train_images", "train_targets", "val_images", "val_targets")
 
 Upsamplers = dict[str, FeatureUpsampler]
 
@@ -88,7 +90,7 @@ class Request:
     val_targets: str | None = None
     num_classes: int | None = None
     depth_model: str | None = None
-    units_per_metre: float = 1.0
+    units_per_metre: float | None = None
     image_size: int = IMAGE_SIZE
     limit: int | None = None
     epochs: int | None = None
@@ -147,6 +149,7 @@ def open_labels(request: Request) -> tuple[LabelledImages, LabelledImages]:
     if request.dataset is not None:
         if request.data_dir is None:
             raise ValueError(f"`data_dir` must be given for {request.dataset}, got None. Say where it was unpacked.")
+        _refuse(request, (*_FOLDERS, "num_classes"), f"for the data set {request.dataset}")
         parts = [open_dataset(request.dataset, request.data_dir, split, size=size) for split in ("train", "val")]
     else:
         _check_folders(request, with_targets=True)
@@ -165,14 +168,14 @@ def open_depths(request: Request) -> tuple[Dataset, Dataset]:
     if request.depth_model is None:
         _check_folders(request, with_targets=True)
         pairs = [part[: request.limit] for part in _folder_pairs(request, (".npy", ".png"))]
-        train, val = (DepthImages(part, units_per_metre=request.units_per_metre, size=size) for part in pairs)
+        units = 1.0 if request.units_per_metre is None else request.units_per_metre
+        train, val = (DepthImages(part, units_per_metre=units, size=size) for part in pairs)
         return train, val
+    _refuse(request, ("train_targets", "val_targets", "units_per_metre"), "for depths of a model")
     _check_folders(request, with_targets=False)
     parts = []
     for name, folder in (("train", request.train_images), ("val", request.val_images)):
-        images = find_image_files(Path(folder))[: request.limit]
-        if not images:
-            raise FileNotFoundError(f"`{name}_images` must be a folder of photographs, got {folder}.")
+        images = find_photographs(folder)[: request.limit]
         place = f"{Path(request.depth_model).name}-{name}-{size}"
         kept = request.output_dir / "depths" / place
         parts.append(PredictedDepths(images, request.depth_model, kept, size=size, device=request.device))
@@ -385,8 +388,14 @@ def _seeded(request: Request, make: Callable[[], torch.nn.Module]) -> torch.nn.M
         return make().to(request.device)
 
 
+def _refuse(request: Request, names: Sequence[str], where: str) -> None:
+    for name in names:
+        if getattr(request, name) is not None:
+            raise ValueError(f"`{name}` must not be given {where}, where it has no effect.")
+
+
 def _check_folders(request: Request, *, with_targets: bool) -> None:
-    names = ["train_images", "val_images"] + (["train_targets", "val_targets"] if with_targets else [])
+    names = _FOLDERS if with_targets else ("train_images", "val_images")
     missing = [name for name in names if getattr(request, name) is None]
     if missing:
         raise ValueError(
