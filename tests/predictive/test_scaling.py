@@ -26,6 +26,7 @@ def points(*pairs, measured=True):
 @pytest.mark.parametrize(
     ("method", "gflop"),
     [
+        ("nearest", 0),
         ("uplift", 80.1),
         ("featup", 24.0),  # 26,453 multiply-adds a pixel of each level, and C^2
         ("loftup", 407),

@@ -137,11 +137,13 @@ Measure = Callable[[Workload, Limits, str], Measured | str]
 
 def count_flop(workload: Workload) -> int:
     """
-    Floating-point operations of a call, counted without computing anything.
+    Floating-point operations of a call, counted without computing anything; 0 for interpolation, which is not counted.
 
     Raises:
         ValueError: the method cannot take so few tokens.
     """
+    if workload.method in PEERS and not PEERS[workload.method].licence:
+        return 0  # what is counted otherwise is the arithmetic of indices
     call = workload.make("meta")
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_ELEMENTWISE_FLOP) as counter:
         call()
