@@ -1,23 +1,27 @@
 """What a vision transformer's features are, and running a frozen one on images of any size."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import MethodType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    Dinov2Model,
-    Dinov2WithRegistersModel,
-    DINOv3ViTModel,
-    PreTrainedModel,
-    TimmWrapperModel,
-)
+
+# transformers is imported where a model is loaded: its TimmWrapperModel imports timm, which takes half a second.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MODELS = {
+    "dinov2": "Dinov2Model",
+    "dinov2_with_registers": "Dinov2WithRegistersModel",
+    "dinov3_vit": "DINOv3ViTModel",
+    "timm_wrapper": "TimmWrapperModel",
+}
+"""Classes of transformers that are known here, by transformers' model type."""
 
 KNOWN_SPACES = {
     ("dinov2", 384, 12, 14, False): "dinov2-s14",
@@ -71,7 +75,7 @@ class FeatureSpace:
     patch_size: int
 
     @classmethod
-    def of(cls, model: PreTrainedModel, name: str | None = None) -> "FeatureSpace":
+    def of(cls, model: "PreTrainedModel", name: str | None = None) -> "FeatureSpace":
         """
         The feature space of `model`.
 
@@ -84,11 +88,12 @@ class FeatureSpace:
         """
         model = _supported(model)
         config = model.config
-        if isinstance(model, TimmWrapperModel):
+        if config.model_type == "timm_wrapper":
             architecture = config.architecture.partition(".")[0]
             is_changed = bool(set(config.model_args or {}) - {"dynamic_img_size"})
             if model.features_only:
-                channels, patch_size = (read()[-1] for read in _feature_info(model))
+                info = model.timm_model.feature_info
+                channels, patch_size = info.channels()[-1], info.reduction()[-1]
             else:
                 channels, patch_size = model.timm_model.num_features, model.timm_model.patch_embed.patch_size[0]
             known = None if is_changed else KNOWN_ARCHITECTURES.get(architecture)
@@ -150,7 +155,7 @@ class FeatureBackbone:
     """
 
     def __init__(
-        self, model: PreTrainedModel, feature_space: str | None = None, *, image_normalization: str | None = None
+        self, model: "PreTrainedModel", feature_space: str | None = None, *, image_normalization: str | None = None
     ):
         self.space = FeatureSpace.of(model, feature_space)
         if image_normalization is not None and image_normalization not in IMAGE_NORMALIZATIONS:
@@ -161,7 +166,7 @@ class FeatureBackbone:
         network = _supported(model)
         self.image_mean, self.image_std = IMAGE_NORMALIZATIONS[image_normalization or "imagenet"]
         self.has_cls_token, self.num_prefix_tokens = True, 1 + getattr(network.config, "num_register_tokens", 0)
-        if isinstance(network, TimmWrapperModel):
+        if network.config.model_type == "timm_wrapper":
             timm_model = network.timm_model
             if image_normalization is None:
                 own = getattr(network.config, "pretrained_cfg", None) or timm_model.pretrained_cfg
@@ -173,7 +178,7 @@ class FeatureBackbone:
                 )
             self.has_cls_token = getattr(timm_model, "cls_token", None) is not None
             self.num_prefix_tokens = getattr(timm_model, "num_prefix_tokens", 0)
-        if isinstance(network, Dinov2Model):
+        if network.config.model_type == "dinov2":
             network.embeddings.interpolate_pos_encoding = MethodType(_antialiased_positions, network.embeddings)
         self.model = model.eval()
 
@@ -193,9 +198,11 @@ class FeatureBackbone:
             TypeError: a model of another kind, before its weights are loaded.
             OSError: there is no such model.
         """
+        from transformers import AutoConfig, AutoModel
+
         config = AutoConfig.from_pretrained(path)
-        if config.model_type not in _MODELS:
-            raise TypeError(f"`{path}` must hold a model of type {_list(_MODELS)}, got {config.model_type}.")
+        if config.model_type not in MODELS:
+            raise TypeError(f"`{path}` must hold a model of type {_either(MODELS)}, got {config.model_type}.")
         if config.model_type == "timm_wrapper" and not (config.model_args or {}).get("features_only"):
             config.model_args = {**(config.model_args or {}), "dynamic_img_size": True}
         # AutoModel, since the features of AutoBackbone are the same and transformers 5 cannot load it from a folder.
@@ -257,33 +264,20 @@ def resize_bilinear(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(image.float(), size=size, mode="bilinear", antialias=True).to(image.dtype)
 
 
-_MODELS = {
-    "dinov2": Dinov2Model,
-    "dinov2_with_registers": Dinov2WithRegistersModel,
-    "dinov3_vit": DINOv3ViTModel,
-    "timm_wrapper": TimmWrapperModel,
-}
-
-
-def _supported(model: PreTrainedModel) -> PreTrainedModel:
+def _supported(model: "PreTrainedModel") -> "PreTrainedModel":
     """The network itself, not compiled. Raises TypeError unless it is of one of the classes that are known here."""
     network = getattr(model, "_orig_mod", model)
-    if not isinstance(network, tuple(_MODELS.values())):
-        names = _list(kind.__name__ for kind in _MODELS.values())
+    if not any(kind.__name__ in MODELS.values() for kind in type(network).__mro__):
         raise TypeError(
-            f"`backbone` must be a {names}, got {type(network).__name__}. Load it with transformers' AutoModel."
+            f"`backbone` must be a {_either(MODELS.values())}, got {type(network).__name__}. "
+            "Load it with transformers' AutoModel."
         )
     return network
 
 
-def _list(names) -> str:
+def _either(names: Iterable[str]) -> str:
     *first, last = names
     return f"{', '.join(first)} or {last}"
-
-
-def _feature_info(model: TimmWrapperModel):
-    info = model.timm_model.feature_info
-    return info.channels, info.reduction
 
 
 def _antialiased_positions(embeddings: nn.Module, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
