@@ -138,10 +138,10 @@ def _load(options: argparse.Namespace) -> "UPLiFTFeaturePipeline":
     settings = {} if options.feature_space is None else {"feature_space": options.feature_space}
     try:
         if options.model is not None:
-            pipeline = UPLiFTFeaturePipeline.from_pretrained(options.model, torch_dtype=dtype, **settings)
+            pipeline = UPLiFTFeaturePipeline.from_pretrained(options.model, dtype=dtype, **settings)
         else:
             backbone = FeatureBackbone.from_pretrained(options.backbone or BACKBONE, dtype=dtype).model
-            upsampler = UPLiFTModel.from_pretrained(options.upsampler or UPSAMPLER, torch_dtype=dtype)
+            upsampler = UPLiFTModel.from_pretrained(options.upsampler or UPSAMPLER, dtype=dtype)
             pipeline = UPLiFTFeaturePipeline(backbone, upsampler, **settings)
         pipeline.to(device)
     except (OSError, ValueError, TypeError, ImportError, RuntimeError, HTTPError) as error:
