@@ -6,10 +6,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "uplift_diffusers"
 
 LAYERS = [
-    {"_version", "runtime", "scale"},
-    {"images", "image_files"},
-    {"models"},
-    {"tiling"},
+    {"_version", "arguments", "runtime"},
+    {"scale"},
+    {"images", "image_files", "models", "tiling"},
     {"latent_space", "feature_space"},
     {"loading", "flow_matching", "cfm"},
     {"pipelines", "data"},

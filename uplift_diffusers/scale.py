@@ -2,15 +2,14 @@
 
 import math
 
+from uplift_diffusers.arguments import read_number
+
 MAX_SCALE = 16
 
 
-def check_scale(scale: float) -> None:
-    """Raise TypeError or ValueError unless `scale` is a number from 1 to 16."""
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"`scale` must be a number, got {type(scale).__name__}.")
-    if not 1 <= scale <= MAX_SCALE:  # False for NaN too
-        raise ValueError(f"`scale` must be from 1 to {MAX_SCALE}, got {scale}.")
+def read_scale(scale: float) -> float:
+    """`scale` as a float. Raise TypeError or ValueError unless it is a number from 1 to 16."""
+    return read_number("scale", scale, minimum=1, maximum=MAX_SCALE)
 
 
 def num_steps_for_scale(scale: float, *, latent_output: bool = False) -> int:
@@ -19,14 +18,14 @@ def num_steps_for_scale(scale: float, *, latent_output: bool = False) -> int:
 
     Args:
         scale: any real number from 1 to 16.
-        latent_output: latents are asked for, which exist at powers of two alone.
+        latent_output: latents are asked for, which exist only at powers of two.
     Returns:
         ceil(log2(scale)): 0 for 1, 1 up to 2, 2 up to 4, ...
     Raises:
         TypeError: not a number.
         ValueError: out of range, NaN, or no power of two where one is needed.
     """
-    check_scale(scale)
+    scale = read_scale(scale)
     num_steps = math.ceil(math.log2(scale))
     if latent_output and scale != 2**num_steps:
         raise ValueError(
