@@ -28,7 +28,7 @@ from tests.feature_parts import (
 )
 from uplift_diffusers import FeatureBackbone, FeatureSpace, UPLiFTModel
 from uplift_diffusers.feature_space import resize_bilinear
-from uplift_diffusers.models.conversion import VARIANTS
+from uplift_diffusers.models.conversion import CONFIGS
 
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -184,7 +184,7 @@ def test_known_backbones_have_the_names_of_the_published_upsamplers():
         space = FeatureSpace.of(model)
         assert space.name == name
         with torch.device("meta"):
-            space.check_upsampler(UPLiFTModel(**VARIANTS[name]))
+            space.check_upsampler(UPLiFTModel(**CONFIGS[name]))
     assert FeatureSpace.of(ungated).name == "dinov3-s16"
 
 

@@ -169,6 +169,18 @@ def test_a_head_by_tiles_never_holds_the_features_of_the_whole(pipe):
     assert sizes["head"] < WIDTH * 320 * 320 / 2
 
 
+def test_progress_is_told_and_can_end_the_call(pipe):
+    told = []
+    pipe(smooth_images(1, 150, 110), tile_size=64, callback_on_progress=lambda done, total: told.append((done, total)))
+    assert told == [(done, 24) for done in range(1, 25)]  # 3 x 2 tiles, 4 steps
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipe(smooth_images(1, 56, 56), callback_on_progress=stop)
+
+
 def test_pictures_show_three_components_in_the_colours_of_the_backbones(pipe):
     image = smooth_images(2, 56, 84)
     output = pipe(image, output_type="pil")
@@ -283,13 +295,17 @@ def test_a_pair_that_does_not_fit_is_refused():
             "`image` must be at least one patch of 14 x 14 pixels, got 13 x 40.",
         ),
         ({"image": "photo.jpg"}, TypeError, "`image` must be a PIL image"),
-        ({"output_size": "tokens"}, ValueError, "`output_size` must be 'pixels', None or a height and width"),
-        ({"output_size": (0, 3)}, ValueError, "`output_size` must be 'pixels', None or a height and width"),
-        ({"output_size": (True, 3)}, ValueError, "`output_size` must be 'pixels', None or a height and width"),
-        ({"num_steps": 0}, ValueError, "`num_steps` must be None or a whole number of at least 1, got 0."),
-        ({"num_steps": 1.5}, ValueError, "`num_steps` must be None or a whole number of at least 1, got 1.5."),
+        (
+            {"output_size": "tokens"},
+            ValueError,
+            "`output_size` must be 'pixels', None or a (height, width), got 'tokens'.",
+        ),
+        ({"output_size": (0, 3)}, ValueError, "`output_size` must be a whole number of at least 1, got 0."),
+        ({"output_size": (True, 3)}, TypeError, "`output_size` must be a whole number, got True."),
+        ({"num_steps": 0}, ValueError, "`num_steps` must be a whole number of at least 1, got 0."),
+        ({"num_steps": 1.5}, TypeError, "`num_steps` must be a whole number, got 1.5."),
         ({"output_type": "latent"}, ValueError, "`output_type` must be 'pt', 'np' or 'pil', got 'latent'."),
-        ({"tile_size": 3}, ValueError, "`tile_size` must be at least 64 pixels, got 3."),
+        ({"tile_size": 3}, ValueError, "`tile_size` must be a whole number of at least 64, got 3."),
         ({"head": torch.nn.Linear(3, 2)}, ValueError, "`head` must take the 32 channels of the features, got 3."),
         (
             {"head": torch.nn.Conv2d(WIDTH, 2, 3)},
@@ -369,6 +385,7 @@ print(tuple(features.shape), features.double().square().mean().item())
     shape, energy = result.stdout.strip().rsplit(" ", 1)
     assert shape == "(1, 384, 40, 60)"
 
-    model = UPLiFTModel.from_pretrained(tmp_path / "hub" / "UPLiFT-upsampler" / "uplift_dinov2-s14")
+    weights = tmp_path / "hub" / "UPLiFT-upsampler" / "uplift_dinov2-s14" / "uplift_dinov2-s14.safetensors"
+    model = UPLiFTModel.from_single_file(weights)
     expected = UPLiFTFeaturePipeline(backbone, model)(Image.open(tmp_path / "photo.png")).features
     assert float(energy) == pytest.approx(expected.double().square().mean().item(), rel=1e-4)

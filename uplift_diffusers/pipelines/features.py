@@ -1,6 +1,6 @@
 """UPLiFTFeaturePipeline: an image in, the features of a vision transformer at pixel density out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,15 +10,17 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import is_compiled_module
 from PIL import Image
 from torch import nn
 from transformers import PreTrainedModel
 
+from uplift_diffusers.arguments import read_whole_number
 from uplift_diffusers.feature_space import FeatureBackbone, resize_bilinear
 from uplift_diffusers.images import ImageInput, read_batch
 from uplift_diffusers.models.upsampler import UPLiFTModel
-from uplift_diffusers.pipelines.upscale_stage import TileSize, check_tile_size, resolve_tile_size
-from uplift_diffusers.tiling import _check_local, _tile_edge, _tiles
+from uplift_diffusers.pipelines.upscale_stage import Progress, TileSize, read_tile_size
+from uplift_diffusers.tiling import iterate_tiles, split_into_tiles
 
 OUTPUT_TYPES = ("pt", "np", "pil")
 
@@ -149,6 +151,7 @@ class UPLiFTFeaturePipeline(DiffusionPipeline):
         tile_size: TileSize = "auto",
         output_type: str = "pt",
         return_dict: bool = True,
+        callback_on_progress: Callable[[int, int], None] | None = None,
     ) -> UPLiFTFeatureOutput | tuple:
         r"""
         Compute features at the density of pixels.
@@ -164,10 +167,12 @@ class UPLiFTFeaturePipeline(DiffusionPipeline):
             head (`torch.nn.Linear` or 1x1 `torch.nn.Conv2d`, *optional*): a probe that is applied to the features.
                 Where there are tiles it is applied to each of them, so that the features need not lie in memory whole.
             tile_size (`int`, *optional*): edge in pixels of the tiles of the image, which bounds the memory and does
-                not change the result; `"auto"` or None, no tiles. The backbone sees the whole image in any case.
+                not change the result; `"auto"`, 768, or None, no tiles. The backbone sees the whole image in any case.
             output_type (`str`): `"pt"`, tensors; `"np"`, arrays with the channels last; `"pil"`, pictures of the first
                 three principal components, fitted on the backbone's features of all images of the call.
             return_dict (`bool`): return a [`UPLiFTFeatureOutput`] instead of a tuple.
+            callback_on_progress: called with the number of parts of the work that are done and of all parts, after
+                every 2x step of every tile. What it raises ends the call.
         Returns:
             The features, those of the backbone, and its CLS token.
         Raises:
@@ -179,7 +184,7 @@ class UPLiFTFeaturePipeline(DiffusionPipeline):
         backbone.space.check_upsampler(self.upsampler)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be 'pt', 'np' or 'pil', got {output_type!r}.")
-        check_tile_size(tile_size)
+        edge_px = read_tile_size(tile_size)
         project = None if head is None else AffineMap.of(head, backbone.space.channels)
         if project is not None and output_type == "pil":
             raise ValueError("`head` must be None for `output_type` 'pil', which shows the features themselves.")
@@ -188,27 +193,31 @@ class UPLiFTFeaturePipeline(DiffusionPipeline):
         image = backbone.resize(image)  # (B, 3, p*h, p*w)
         num_steps = _read_num_steps(num_steps, image, patch_size=backbone.space.patch_size, size=size)
 
-        # 2. Encode
-        image = image.to(device)
-        tokens, cls_token = backbone.encode_with_cls(image)  # (B, C, h, w), (B, C)
-        if output_type == "pil":
-            project = principal_components(tokens)
+        try:
+            # 2. Encode
+            image = image.to(device)
+            tokens, cls_token = backbone.encode_with_cls(image)  # (B, C, h, w), (B, C)
+            if output_type == "pil":
+                project = principal_components(tokens)
 
-        # 3. Upsample
-        features = _upsample(
-            tokens.to(self.upsampler.dtype),
-            image=image,
-            upsampler=self.upsampler,
-            num_steps=num_steps,
-            project=project,
-            tile_size=resolve_tile_size(tile_size, tuple(image.shape[2:])),
-        )  # (B, C or K, 2**n * h, 2**n * w)
-        features = features if size is None else resize_bilinear(features, size)  # (B, C or K, H, W)
-        if not all(extreme.isfinite() for extreme in features.aminmax()):
-            raise ValueError(
-                f"`upsampler` must give finite features, got NaN or infinity in {self.upsampler.dtype}. "
-                "Run backbone and upsampler in float32 or bfloat16: pipe.to(torch.bfloat16)."
-            )
+            # 3. Upsample
+            features = _upsample(
+                tokens.to(self.upsampler.dtype),
+                image=image,
+                upsampler=self.upsampler,
+                num_steps=num_steps,
+                project=project,
+                tile_size=edge_px,
+                callback=callback_on_progress,
+            )  # (B, C or K, 2**n * h, 2**n * w)
+            features = features if size is None else resize_bilinear(features, size)  # (B, C or K, H, W)
+            if not all(extreme.isfinite() for extreme in features.aminmax()):
+                raise ValueError(
+                    f"`upsampler` must give finite features, got NaN or infinity in {self.upsampler.dtype}. "
+                    "Run backbone and upsampler in float32 or bfloat16: pipe.to(torch.bfloat16)."
+                )
+        finally:
+            self.maybe_free_model_hooks()
 
         # 4. Convert
         if output_type == "np":
@@ -222,7 +231,6 @@ class UPLiFTFeaturePipeline(DiffusionPipeline):
                 self.image_processor.postprocess(values.float().clamp(0, 1), output_type="pil")
                 for values in (features, tokens)
             )
-        self.maybe_free_model_hooks()
         if not return_dict:
             return features, tokens, cls_token
         return UPLiFTFeatureOutput(features=features, backbone_features=tokens, cls_token=cls_token)
@@ -262,51 +270,46 @@ def _upsample(
     num_steps: int,
     project: AffineMap | None,
     tile_size: int | None,
+    callback: Callable[[int, int], None] | None,
 ) -> torch.Tensor:
     """(B, C, h, w) -> (B, C, 2**num_steps * h, 2**num_steps * w), or what `project` makes of it, tile by tile."""
     if num_steps == 0:
         return tokens if project is None else project(tokens)
-    if tile_size is None:
+    size = tuple(tokens.shape[2:])
+    edge = max(size) if tile_size is None else tile_size // upsampler.config.spatial_factor
+    progress = Progress(callback, num_steps * sum(map(len, split_into_tiles(size, edge))))
+    if tile_size is None and is_compiled_module(upsampler):  # in one piece, as it was compiled
         features = upsampler(tokens, image=image, num_steps=num_steps).sample
+        for _ in range(num_steps):
+            progress.advance()
         return features if project is None else project(features)
-    height, width = (size * 2**num_steps for size in tokens.shape[2:])
     output = None
-    for rows, columns, features in iterate_tiles(
-        upsampler, tokens, image=image, num_steps=num_steps, generator=None, tile_size=tile_size
+    for tile, features in iterate_tiles(
+        upsampler,
+        tokens,
+        image=image,
+        num_steps=num_steps,
+        tile_size=tile_size or max(image.shape[2:]),
+        callback_on_step=progress.advance,
     ):
         features = features if project is None else project(features)
+        if tile.shape == (tile.rows.size, tile.columns.size):
+            return features
         if output is None:
-            output = features.new_empty(*features.shape[:2], height, width)
-        output[..., rows, columns] = features
+            output = features.new_empty(*features.shape[:2], tile.rows.size, tile.columns.size)
+        output[..., tile.slices[0], tile.slices[1]] = features
+    assert output is not None  # there is at least one tile
     return output
-
-
-def iterate_tiles(
-    model: UPLiFTModel, raw_latents: torch.Tensor, *, image, num_steps: int, generator, tile_size: int
-) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """The tiles that `tiling.upsample_tiled` makes, one after the other, with their rows and columns in the output."""
-    model.check_inputs(raw_latents, image, num_steps, generator)
-    _check_local(model)
-    noise = list(model.draw_noise(raw_latents, num_steps, generator))
-    for row in _tiles(tuple(raw_latents.shape[2:]), _tile_edge(tile_size, model.config.spatial_factor)):
-        for tile in row:
-            target = tile.finer(2**num_steps)
-            sample = model(raw_latents, image=image, num_steps=num_steps, noise=noise, window=target).sample
-            rows, columns = (slice(span.start, span.stop) for span in (target.rows, target.columns))
-            yield rows, columns, sample
 
 
 def _read_size(output_size: tuple[int, int] | None) -> tuple[int, int] | None:
     """`output_size` where it is not "pixels", checked."""
     if output_size is None:
         return None
-    is_pair = isinstance(output_size, (tuple, list)) and len(output_size) == 2
-    if not is_pair or not all(_is_whole_number(edge) and edge >= 1 for edge in output_size):
-        raise ValueError(
-            f"`output_size` must be 'pixels', None or a height and width of at least 1, got {output_size!r}."
-        )
-    height, width = output_size
-    return int(height), int(width)
+    if not isinstance(output_size, (tuple, list)) or len(output_size) != 2:
+        raise ValueError(f"`output_size` must be 'pixels', None or a (height, width), got {output_size!r}.")
+    height, width = (read_whole_number("output_size", edge) for edge in output_size)
+    return height, width
 
 
 def _read_num_steps(
@@ -314,15 +317,9 @@ def _read_num_steps(
 ) -> int:
     """`num_steps`, checked, or the default for an image of whole patches."""
     if num_steps is not None:
-        if not _is_whole_number(num_steps) or num_steps < 1:
-            raise ValueError(f"`num_steps` must be None or a whole number of at least 1, got {num_steps!r}.")
-        return int(num_steps)
+        return read_whole_number("num_steps", num_steps)
     pixel_density = (patch_size - 1).bit_length()  # 2**4 >= 14
     if size is None:
         return pixel_density
     wanted = max(edge * patch_size / pixels for edge, pixels in zip(size, image.shape[2:]))  # positions per patch
     return next((steps for steps in range(pixel_density) if 2**steps >= wanted), pixel_density)
-
-
-def _is_whole_number(value) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

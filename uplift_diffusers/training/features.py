@@ -17,7 +17,7 @@ from torch import nn
 from uplift_diffusers.data.photographs import Crop, Photographs
 from uplift_diffusers.data.sources import FolderSource
 from uplift_diffusers.feature_space import FeatureBackbone, FeatureSpace, resize_bilinear
-from uplift_diffusers.models.conversion import VARIANTS
+from uplift_diffusers.models.conversion import CONFIGS
 from uplift_diffusers.models.upsampler import UPLiFTModel
 from uplift_diffusers.pipelines.features import principal_components
 from uplift_diffusers.training.config import TrainingConfig, option, parse_config, take_config_file
@@ -69,7 +69,7 @@ class FeatureTrainingConfig(TrainingConfig):
 
     model_settings: ClassVar[dict] = {
         name: value
-        for name, value in VARIANTS["dinov2-s14"].items()
+        for name, value in CONFIGS["dinov2-s14"].items()
         if name not in ("latent_channels", "latent_space", "spatial_factor", "encoder_spatial_factor")
     }
     """Constructor arguments of UPLiFTModel; the others follow from the backbone."""
