@@ -15,8 +15,8 @@ import argparse
 import torch
 
 from uplift_diffusers import LatentSpace, embedded_bundle
-from uplift_diffusers.image_files import open_image
-from uplift_diffusers.images import pad_to_multiple, read_pictures
+from uplift_diffusers.images.convert import pad_to_multiple, read_pictures
+from uplift_diffusers.images.files import open_image
 from uplift_diffusers.latent_space import Autoencoder
 from uplift_diffusers.loading import load_vae
 from uplift_diffusers.models.autoencoder_local import AutoencoderLocal

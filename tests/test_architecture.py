@@ -6,9 +6,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "uplift_diffusers"
 
 LAYERS = [
-    {"_version", "arguments", "runtime"},
+    {"_version", "arguments", "runtime", "saving"},
     {"scale"},
-    {"images", "image_files", "models", "tiling"},
+    {"images", "models", "tiling"},
     {"latent_space", "feature_space"},
     {"loading", "flow_matching", "cfm"},
     {"pipelines", "data"},

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
-from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin
+from PIL import ExifTags, Image
 
 from tests.hub_server import HubServer
 from uplift_diffusers import AutoencoderLocal, UPLiFTModel, UPLiFTSuperResolutionPipeline, __version__, cli
@@ -31,7 +31,6 @@ UPSAMPLER = {
 
 ROOT = Path(cli.__file__).parent.parent
 ORIENTATION = ExifTags.Base.Orientation
-SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 def make_vae():
@@ -141,36 +140,6 @@ def test_output_shows_the_input(upscale, tmp_path):
         assert difference(large, expected.transpose(turn)) > 60
 
 
-@pytest.mark.parametrize(
-    ("name", "file_format"),
-    [
-        ("large.png", "PNG"),
-        ("large.jpg", "JPEG"),
-        ("large.JPEG", "JPEG"),
-        ("large.webp", "WEBP"),
-        ("large.tif", "TIFF"),
-        ("large.tiff", "TIFF"),
-        ("large.bmp", "BMP"),
-    ],
-)
-def test_suffix_of_the_output_picks_the_format(upscale, tmp_path, name, file_format):
-    source = save(picture(), tmp_path / "photo.png")
-    assert upscale(source, "--output", tmp_path / name) == 0
-    assert upscale(source, "--output", tmp_path / "lossless.png") == 0
-    large = load(tmp_path / name)
-    assert large.format == file_format
-    assert difference(large, load(tmp_path / "lossless.png")) < (6 if file_format in ("JPEG", "WEBP") else 1e-9)
-
-
-def test_jpeg_is_written_at_quality_95_without_chroma_subsampling(upscale, tmp_path):
-    source = save(picture(), tmp_path / "photo.png")
-    upscale(source, "--output", tmp_path / "large.jpg")
-    save(picture(), tmp_path / "expected.jpg", quality=95, subsampling=0)
-    large, expected = load(tmp_path / "large.jpg"), load(tmp_path / "expected.jpg")
-    assert large.quantization == expected.quantization
-    assert [component[1:3] for component in large.layer] == [(1, 1)] * 3
-
-
 def test_output_may_be_a_folder_that_exists_or_ends_in_a_separator(upscale, tmp_path):
     source = save(picture(), tmp_path / "photo.jpg")
     (tmp_path / "there").mkdir()
@@ -230,9 +199,9 @@ def test_folder_is_mirrored_and_bad_files_are_named_and_skipped(upscale, tmp_pat
     reasons = dict(line.split(": ", 1) for line in output.err.splitlines())
     damaged = reasons.pop(str(photos / "cut.jpg")), reasons.pop(str(photos / "cut.png"))
     assert all(reason.startswith("the image is damaged or cut off (") for reason in damaged)
-    assert "truncated" in damaged[0]
+    assert "rows are missing" in damaged[0]
     assert reasons == {
-        str(photos / "deep" / "text.png"): "not an image, or of a kind that Pillow does not read.",
+        str(photos / "deep" / "text.png"): "not an image, or of a kind that is not read.",
         str(photos / "empty.webp"): "the file is empty.",
         str(photos / "bomb.png"): "larger than the limit of 100 megapixels.",
         str(photos / "large.tif"): "larger than the limit of 100 megapixels.",
@@ -491,42 +460,6 @@ def test_a_process_that_is_interrupted_leaves_whole_files_alone(model, tmp_path)
 # What becomes of a picture
 
 
-def exif_of_a_camera(orientation):
-    exif = Image.Exif()
-    exif[ORIENTATION] = orientation
-    exif[ExifTags.Base.Make] = "Camera works"
-    exif[ExifTags.Base.Copyright] = "Someone"
-    exif[ExifTags.IFD.Exif] = {
-        ExifTags.Base.DateTimeOriginal: "2026:01:02 03:04:05",
-        ExifTags.Base.ExposureTime: TiffImagePlugin.IFDRational(1, 100),
-        ExifTags.Base.ExifImageWidth: 32,
-        ExifTags.Base.ExifImageHeight: 24,
-    }
-    exif[ExifTags.IFD.GPSInfo] = {ExifTags.GPS.GPSLatitudeRef: "N", ExifTags.GPS.GPSLatitude: (1.0, 2.0, 3.0)}
-    return exif.tobytes()
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
-@pytest.mark.parametrize("target_suffix", ["same", "jpg", "tif"])
-def test_orientation_is_applied_once_and_other_exif_kept(upscale, tmp_path, suffix, target_suffix):
-    lossless = {"lossless": True} if suffix == "webp" else {}
-    source = save(picture(), tmp_path / f"photo.{suffix}", exif=exif_of_a_camera(6), **lossless)
-    target = tmp_path / f"large.{suffix if target_suffix == 'same' else target_suffix}"
-    assert upscale(source, "--output", target, "--scale", "1") == 0
-
-    large = load(target)
-    assert large.size == (24, 32)
-    assert difference(large, picture().transpose(Image.Transpose.ROTATE_270)) < 6  # 6: to be turned clockwise
-    exif = large.getexif()
-    assert ORIENTATION not in exif
-    assert ImageOps.exif_transpose(large).size == (24, 32)
-    assert exif[ExifTags.Base.Make] == "Camera works"
-    assert exif[ExifTags.Base.Copyright] == "Someone"
-    exposure = exif.get_ifd(ExifTags.IFD.Exif)
-    assert exposure == {ExifTags.Base.DateTimeOriginal: "2026:01:02 03:04:05", ExifTags.Base.ExposureTime: 0.01}
-    assert exif.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitude] == (1.0, 2.0, 3.0)
-
-
 def test_orientation_of_a_compressed_tiff_is_applied_once(upscale, tmp_path):
     tags = {ORIENTATION: 3, ExifTags.Base.Make: "Camera works"}
     source = save(picture(), tmp_path / "photo.tif", compression="tiff_lzw", tiffinfo=tags)
@@ -535,153 +468,6 @@ def test_orientation_of_a_compressed_tiff_is_applied_once(upscale, tmp_path):
     assert difference(large, picture().transpose(Image.Transpose.ROTATE_180)) == 0
     assert large.getexif().get(ORIENTATION, 1) == 1
     assert large.getexif()[ExifTags.Base.Make] == "Camera works"
-
-
-def test_damaged_exif_costs_the_exif_and_not_the_image(upscale, tmp_path, capsys):
-    intact = exif_of_a_camera(6)
-    damaged = intact.replace(b"\x01\x0f\x00\x02", b"\x01\x0f\x00\x05")  # the maker's name, a fraction now
-    assert damaged != intact
-    source = save(picture(), tmp_path / "photo.png", exif=damaged)
-    assert upscale(source, "--output", tmp_path / "large.png", "--scale", "1") == 0
-    large = load(tmp_path / "large.png")
-    assert difference(large, picture().transpose(Image.Transpose.ROTATE_270)) == 0
-    assert not large.getexif()
-    assert error_of_output(capsys) == f"{source}: its EXIF data is damaged and is left out.\n"
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_orientation_is_made_upright(upscale, tmp_path, orientation):
-    exif = Image.Exif()
-    exif[ORIENTATION] = orientation
-    source = save(picture(), tmp_path / "photo.png", exif=exif)
-    assert upscale(source, "--output", tmp_path / "large.png", "--scale", "1") == 0
-    assert difference(load(tmp_path / "large.png"), ImageOps.exif_transpose(load(source))) == 0
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
-def test_colour_profile_is_kept(upscale, tmp_path, suffix):
-    source = save(picture(), tmp_path / f"photo.{suffix}", icc_profile=SRGB)
-    assert upscale(source, "--output", tmp_path / f"large.{suffix}") == 0
-    assert load(tmp_path / f"large.{suffix}").info["icc_profile"] == SRGB
-
-
-def test_colour_profile_of_other_colours_is_left_out_and_told(upscale, tmp_path, capsys):
-    cmyk = SRGB[:16] + b"CMYK" + SRGB[20:]
-    source = save(picture().convert("CMYK"), tmp_path / "photo.jpg", icc_profile=cmyk)
-    assert upscale(source, "--output", tmp_path / "large.jpg") == 0
-    assert load(tmp_path / "large.jpg").mode == "RGB"
-    assert "icc_profile" not in load(tmp_path / "large.jpg").info
-    assert error_of_output(capsys) == f"{source}: its colour profile, CMYK, does not fit the output and is left out.\n"
-
-
-def test_grey_profile_is_kept_for_grey_and_not_written_into_a_webp_which_is_rgb(upscale, tmp_path):
-    grey = SRGB[:16] + b"GRAY" + SRGB[20:]
-    source = save(picture().convert("L"), tmp_path / "photo.png", icc_profile=grey)
-    for name in ("large.png", "large.jpg", "large.webp"):
-        assert upscale(source, "--output", tmp_path / name) == 0
-    assert load(tmp_path / "large.png").info["icc_profile"] == grey
-    assert load(tmp_path / "large.jpg").info["icc_profile"] == grey
-    assert "icc_profile" not in load(tmp_path / "large.webp").info
-
-
-def with_alpha(mode):
-    """`picture()`, opaque in its right half and transparent in its left one."""
-    image = picture().convert(mode)
-    alpha = Image.new("L", image.size, 0)
-    alpha.paste(255, (16, 0, 32, 24))
-    image.putalpha(alpha)
-    return image
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_alpha_is_kept(upscale, tmp_path, mode):
-    source = save(with_alpha(mode), tmp_path / "photo.png")
-    for name in ("large.png", "large.tif", "large.webp"):
-        assert upscale(source, "--output", tmp_path / name) == 0
-        large = load(tmp_path / name)
-        assert large.mode == (mode if "webp" not in name else "RGBA")
-        alpha = np.asarray(large.getchannel("A"))
-        assert alpha.shape == (48, 64)
-        assert alpha[:, :28].max() < 10
-        assert alpha[:, 36:].min() > 245
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "bmp"])
-@pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_alpha_is_laid_on_white_where_the_format_has_none(upscale, tmp_path, suffix, mode):
-    source = save(with_alpha(mode), tmp_path / "photo.png")
-    assert upscale(source, "--output", tmp_path / f"large.{suffix}", "--scale", "1") == 0
-    large = load(tmp_path / f"large.{suffix}")
-    assert large.mode == mode.removesuffix("A")
-    expected = picture().convert(large.mode)
-    expected.paste("white", (0, 0, 16, 24))
-    assert difference(large, expected) < 3
-
-
-@pytest.mark.parametrize(
-    ("mode", "name", "expected"),
-    [
-        ("L", "photo.png", "L"),
-        ("L", "photo.jpg", "L"),
-        ("1", "photo.png", "L"),
-        ("P", "photo.png", "RGB"),
-        ("P", "photo.bmp", "RGB"),
-        ("CMYK", "photo.jpg", "RGB"),
-        ("YCbCr", "photo.jpg", "RGB"),
-    ],
-)
-def test_modes_come_back_as_grey_or_rgb(upscale, tmp_path, mode, name, expected):
-    source = save(picture().convert(mode), tmp_path / name)
-    assert upscale(source, "--output", tmp_path / f"large_{name}", "--scale", "1") == 0
-    large = load(tmp_path / f"large_{name}")
-    assert large.mode == expected
-    assert difference(large, load(source).convert(expected)) < 2
-
-
-def test_transparent_colour_of_a_palette_becomes_alpha(upscale, tmp_path):
-    image = picture().quantize(8)
-    image.putpalette([*image.getpalette()[: 8 * 3], 255, 0, 255])
-    image.paste(8, (0, 0, 16, 24))
-    source = save(image, tmp_path / "photo.png", transparency=8)
-    assert upscale(source, "--output", tmp_path / "large.png") == 0
-    alpha = np.asarray(load(tmp_path / "large.png").getchannel("A"))
-    assert alpha[:, :28].max() < 10
-    assert alpha[:, 36:].min() > 245
-
-
-def sixteen_bits():
-    return np.linspace(0, 65535, 24 * 32).round().astype(np.uint16).reshape(24, 32)
-
-
-@pytest.mark.parametrize("name", ["photo.png", "photo.tif", "photo.tiff"])
-def test_sixteen_bit_grey_stays_sixteen_bit(upscale, tmp_path, name):
-    source = save(Image.fromarray(sixteen_bits()), tmp_path / name)
-    assert upscale(source, "--output", tmp_path / "same" / name, "--scale", "1") == 0
-    same = load(tmp_path / "same" / name)
-    assert same.mode == "I;16"
-    assert np.array_equal(np.asarray(same), sixteen_bits())
-
-    assert upscale(source, "--output", tmp_path / "large" / name) == 0
-    large = load(tmp_path / "large" / name)
-    assert (large.mode, large.size) == ("I;16", (64, 48))
-    assert len(np.unique(np.asarray(large))) > 256  # 8 bits in 16 would have no more
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "webp", "bmp"])
-def test_sixteen_bit_grey_is_rounded_to_eight_where_the_format_has_no_more(upscale, tmp_path, suffix):
-    source = save(Image.fromarray(sixteen_bits()), tmp_path / "photo.png")
-    assert upscale(source, "--output", tmp_path / f"large.{suffix}", "--scale", "1") == 0
-    expected = Image.fromarray((sixteen_bits() / 65535 * 255).round().astype(np.uint8))
-    assert difference(load(tmp_path / f"large.{suffix}").convert("L"), expected) < 2
-
-
-def test_only_the_first_frame_is_enlarged_and_that_is_told(upscale, tmp_path, capsys):
-    frames = [picture(seed=seed).convert("P") for seed in (0, 1, 2)]
-    source = save(frames[0], tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    assert upscale(source, "--output", f"{tmp_path}/large/", "--scale", "1") == 0
-    large = load(tmp_path / "large" / "moving.png")
-    assert difference(large.convert("RGB"), frames[0].convert("RGB")) < 2
-    assert error_of_output(capsys) == f"{source}: only the first of 3 frames is enlarged.\n"
 
 
 @pytest.mark.parametrize(
@@ -946,7 +732,7 @@ def test_help_and_mistakes_do_not_import_torch(arguments, code):
 
 
 def test_help_states_the_limits_and_the_exit_codes(capsys):
-    from uplift_diffusers.image_files import MAX_INPUT_PIXELS, OUTPUT_FORMATS
+    from uplift_diffusers.images.files import MAX_INPUT_PIXELS, OUTPUT_FORMATS
 
     assert main(["upscale", "--help"]) == 0
     text = capsys.readouterr().out

@@ -206,7 +206,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as full:
-        full.setattr("uplift_diffusers.image_files.os.replace", fail)
+        full.setattr("uplift_diffusers.saving.os.replace", fail)
         with pytest.raises(OSError, match=r"The latent cache .* cannot be written: .*No space left"):
             cache.flush()
     assert [path.name for path in cache.folder.iterdir()] == ["vae.json"]

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from uplift_diffusers import AutoencoderLocal, UPLiFTModel, UPLiFTSuperResolutionPipeline
-from uplift_diffusers.images import Picture, resize
+from uplift_diffusers.images.convert import Picture, resize
 from uplift_diffusers.latent_space import LatentCodec
 from uplift_diffusers.pipelines.upscale_stage import decode_strips_to_scale
 from uplift_diffusers.scale import num_steps_for_scale, scaled_size

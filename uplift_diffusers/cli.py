@@ -252,7 +252,9 @@ def upscale(options: argparse.Namespace) -> int:
         pipeline.to(device)
 
         # 3. Enlarge, one file at a time
-        written = _upscale_files(waiting, pipeline, scale=options.scale, seed=options.seed)
+        written = _upscale_files(
+            waiting, pipeline, scale=options.scale, seed=options.seed, overwrite=options.overwrite
+        )
 
     # 4. Say what was done, once for all processes
     written, num_there, num_skipped = sum_over_processes(written, num_there, len(waiting) - written)
@@ -298,7 +300,7 @@ def plan_tasks(inputs: list[str], output: str) -> list[Task]:
         CommandError: an input is missing, `output` is not of the right kind, two inputs would go to one output or an
             output would replace an input.
     """
-    from uplift_diffusers.image_files import INPUT_SUFFIXES, OUTPUT_FORMATS
+    from uplift_diffusers.images.files import INPUT_SUFFIXES, OUTPUT_FORMATS
 
     for source in inputs:
         if not os.path.exists(source):
@@ -326,13 +328,13 @@ def plan_tasks(inputs: list[str], output: str) -> list[Task]:
 
 
 def _tasks_below(source: Path, folder: Path) -> list[Task]:
-    from uplift_diffusers.image_files import INPUT_SUFFIXES, OUTPUT_FORMATS, find_image_files
+    from uplift_diffusers.images.files import INPUT_SUFFIXES, OUTPUT_FORMATS, find_image_files
 
     if not os.path.isdir(source):
         files, root = [source], source.parent
     else:
         inside_itself = folder.resolve() != source.resolve()  # an output folder below its input is no input
-        files, root = find_image_files(source, leave_out=folder if inside_itself else None), source
+        files, root = list(find_image_files(source, leave_out=folder if inside_itself else None).files), source
         if not files:
             raise CommandError(f"{source}: no images in this folder. Known are {', '.join(sorted(INPUT_SUFFIXES))}.")
     targets = [folder / file.relative_to(root) for file in files]
@@ -367,7 +369,7 @@ def _is_batch(inputs: list[str]) -> bool:
 
 
 def _check_writable(folder: Path) -> None:
-    from uplift_diffusers.image_files import make_writable_folder
+    from uplift_diffusers.saving import make_writable_folder
 
     try:
         make_writable_folder(folder)
@@ -438,7 +440,9 @@ def load_pipeline(
         raise CommandError(f"--model {model} cannot be loaded: {reason(error)}") from error
 
 
-def _upscale_files(tasks: list[Task], pipeline: "UPLiFTSuperResolutionPipeline", *, scale: float, seed: int) -> int:
+def _upscale_files(
+    tasks: list[Task], pipeline: "UPLiFTSuperResolutionPipeline", *, scale: float, seed: int, overwrite: bool
+) -> int:
     """Work through `tasks`, tell of each that fails, and return how many are written."""
     from tqdm import tqdm
 
@@ -447,7 +451,7 @@ def _upscale_files(tasks: list[Task], pipeline: "UPLiFTSuperResolutionPipeline",
     with tqdm(tasks, unit="file", disable=hidden, dynamic_ncols=True) as progress:
         for task in progress:
             try:
-                losses = _upscale_file(task, pipeline, scale=scale, seed=seed)
+                losses = _upscale_file(task, pipeline, scale=scale, seed=seed, overwrite=overwrite)
             except (OSError, ValueError, RuntimeError, MemoryError) as error:
                 tqdm.write(f"{task.source}: {reason(error)}", file=sys.stderr)
                 continue
@@ -458,26 +462,26 @@ def _upscale_files(tasks: list[Task], pipeline: "UPLiFTSuperResolutionPipeline",
 
 
 def _upscale_file(
-    task: Task, pipeline: "UPLiFTSuperResolutionPipeline", *, scale: float, seed: int
+    task: Task, pipeline: "UPLiFTSuperResolutionPipeline", *, scale: float, seed: int, overwrite: bool
 ) -> tuple[str, ...]:
     """Enlarge one file and return what it lost on the way, in sentences."""
     import torch
 
-    from uplift_diffusers.image_files import open_image, save_image
+    from uplift_diffusers.images.files import open_image, plan_saving, save_image
 
-    opened = open_image(task.source)
+    opened = plan_saving(open_image(task.source), task.target.suffix)
     check_output_size(opened.image.size, scale, task.target.suffix)
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same noise on every device
     enlarged = pipeline(image=opened.image, scale=scale, generator=generator).images[0]
     task.target.parent.mkdir(parents=True, exist_ok=True)
-    save_image(enlarged, task.target, metadata=opened.metadata)
+    save_image(enlarged, task.target, metadata=opened.metadata, overwrite=overwrite)
     return opened.losses
 
 
 def check_output_size(
     size: tuple[int, int], scale: float, suffix: str, *, max_pixels: int = MAX_OUTPUT_PIXELS
 ) -> None:
-    from uplift_diffusers.image_files import MAX_EDGES, OUTPUT_FORMATS
+    from uplift_diffusers.images.files import MAX_EDGES, OUTPUT_FORMATS
 
     num_steps = num_steps_for_scale(scale)
     width, height = (edge * 2**num_steps for edge in size)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, ModelMixin
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import is_compiled_module
 
@@ -257,9 +258,9 @@ def _check_finite(output: torch.Tensor) -> torch.Tensor:
 def _in_float32(vae: Autoencoder) -> Iterator[None]:
     """Hold the float16 tensors of `vae` in float32 for the while; the way there and back is exact."""
     halves = [tensor for tensor in (*vae.parameters(), *vae.buffers()) if tensor.dtype == torch.float16]
-    if any(tensor.is_meta for tensor in halves):
+    if any(tensor.is_meta for tensor in halves) or _is_group_offload_enabled(vae):
         raise ValueError(
-            "`vae` must be in float32 or bfloat16 where its weights are offloaded one by one, got float16, which "
+            "`vae` must be in float32 or bfloat16 if its weights are offloaded layer by layer, got float16, which "
             "overflowed. Load the pipeline with dtype=torch.bfloat16."
         )
     try:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from diffusers.utils.torch_utils import is_compiled_module
+from torch.utils._pytree import tree_map
 
 from uplift_diffusers.arguments import read_whole_number
 
@@ -201,8 +202,8 @@ def iterate_tiles(
     """
     encode, step = model.encode, model.step
     if is_compiled_module(model):
-        # As torch.compile(model) compiles only `forward`. Sizes are dynamic, so that the second tile compiles nothing.
-        encode, step = (torch.compile(function, dynamic=True) for function in (model.encode, model.step))
+        # torch.compile(model) compiles only `forward`: what a tile runs is compiled with the same backend and options.
+        encode, step = (_with_dynamic_sizes(model.dynamo_ctx(function)) for function in (model.encode, model.step))
     num_steps = model.check_inputs(raw_latents, image, num_steps, generator)
     _check_local(model)
     edge = tile_edge(tile_size, model.config.spatial_factor)
@@ -270,6 +271,22 @@ def _upsample_tile(
         latents = window.finer(2).crop(latents, needed)
         window = needed
     return latents
+
+
+def _with_dynamic_sizes(function: Callable) -> Callable:
+    """`function`, compiled for 4-D tensors of one layout and of any height and width from the first call on."""
+
+    def prepare(value):
+        if not isinstance(value, torch.Tensor) or value.ndim != 4:
+            return value
+        value = value.contiguous(memory_format=torch.channels_last)
+        torch._dynamo.maybe_mark_dynamic(value, (2, 3))
+        return value
+
+    def call(*arguments, **options):
+        return function(*tree_map(prepare, arguments), **options)
+
+    return call
 
 
 def _place(window: Window, device: torch.device) -> torch.Tensor | None:

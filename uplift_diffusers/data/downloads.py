@@ -9,7 +9,7 @@ import time
 import httpx
 
 from uplift_diffusers._version import __version__
-from uplift_diffusers.image_files import open_image
+from uplift_diffusers.images.files import open_image
 
 MAX_BYTES = 100 * 2**20
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})

@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from uplift_diffusers.image_files import replaced_when_whole
 from uplift_diffusers.latent_space import Autoencoder, LatentSpace
+from uplift_diffusers.saving import replaced_when_whole
 
 SHARD_BYTES = 32 * 2**20
 """Latents that are gathered before they are written: what a killed process has to compute again."""

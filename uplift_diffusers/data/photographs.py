@@ -12,7 +12,8 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from uplift_diffusers.data.sources import Source, record_bytes
-from uplift_diffusers.image_files import open_image
+from uplift_diffusers.images.files import open_image
+from uplift_diffusers.images.modes import lay_on_white, to_eight_bits
 
 SHUFFLE_BUFFER = 256
 """Encoded photographs among which the next one of a stream is drawn; half a megabyte each, in every process."""
@@ -186,22 +187,12 @@ def decode(file: bytes) -> Image.Image:
     An image file -> an RGB image: upright, transparency laid on white, 16 bits rounded to 8.
 
     Raises:
-        ValueError: it is not an image, is damaged, too large, or of 32-bit values, whose range is unknown.
+        ValueError: it is not an image, is damaged, too large, or has pixels of more than 16 bits.
     """
     image = open_image(io.BytesIO(file)).image
-    if image.mode == "F":
-        raise ValueError("floating-point pixels, whose range is unknown.")
-    if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow's own conversion would clip
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("32-bit pixels, whose range is unknown.")
-        image = Image.fromarray((values / 257).round().astype(np.uint8))  # 65535 = 255 * 257
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        paper = Image.new("RGBA", image.size, "white")
-        paper.alpha_composite(image)
-        image = paper
-    return image.convert("RGB")
+    if image.mode == "I;16":  # which Pillow's own conversion would clip
+        image = Image.fromarray(to_eight_bits(np.asarray(image)))
+    return lay_on_white(image).convert("RGB")
 
 
 def _warn_once(message: str, told: set[str]) -> None:

@@ -5,7 +5,7 @@ import tarfile
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, Protocol
 
-from uplift_diffusers.image_files import INPUT_SUFFIXES, check_image_header, find_image_files
+from uplift_diffusers.images.files import INPUT_SUFFIXES, check_image_header, find_image_files
 
 
 class Source(Protocol):
@@ -59,7 +59,7 @@ def find_images(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"`{folder}` is not a folder.")
-    paths = find_image_files(folder)
+    paths = list(find_image_files(folder).files)
     if not paths:
         raise FileNotFoundError(f"No images below `{folder}`. Known are: {', '.join(sorted(INPUT_SUFFIXES))}.")
     return paths

@@ -17,7 +17,7 @@ import httpx
 from tqdm.auto import tqdm
 
 from uplift_diffusers.data.downloads import Failed, Gone, ImageDownloader
-from uplift_diffusers.image_files import make_writable_folder, replaced_when_whole
+from uplift_diffusers.saving import make_writable_folder, replaced_when_whole
 
 TERMS = (
     "Unsplash lets you use the photographs of its Lite dataset internally, to train machine-learning models. You must "

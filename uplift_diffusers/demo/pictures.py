@@ -12,7 +12,7 @@ from PIL import Image
 
 from uplift_diffusers.cli import check_output_size, reason
 from uplift_diffusers.demo.workshop import Job, stoppable
-from uplift_diffusers.image_files import OpenedImage, open_image, save_image
+from uplift_diffusers.images.files import OpenedImage, open_image, plan_saving, save_image
 from uplift_diffusers.scale import num_steps_for_scale
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def compare_methods(
     import torch
     import torch.nn.functional as F
 
-    from uplift_diffusers.images import Picture, assemble_pil, pad_to_multiple, read_pictures, resize
+    from uplift_diffusers.images.convert import Picture, assemble_pil, pad_to_multiple, read_pictures, resize
     from uplift_diffusers.pipelines.upscale_stage import decode_strips_to_scale, resolve_tile_size
 
     job.plan({"Interpolating": 0.4, **{stage: 0.6 * share for stage, share in STAGES.items()}})
@@ -210,7 +210,7 @@ def save_for_browser(image: Image.Image, path: Path) -> None:
 
 
 def _open(source: Path, *, scale: float, max_pixels: int) -> OpenedImage:
-    opened = open_image(source)
+    opened = plan_saving(open_image(source), ".png")
     check_output_size(opened.image.size, scale, ".png", max_pixels=max_pixels)
     return opened
 

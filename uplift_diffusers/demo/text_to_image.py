@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from uplift_diffusers.cli import check_output_size
 from uplift_diffusers.demo.pictures import Pane
 from uplift_diffusers.demo.workshop import Job, stoppable
-from uplift_diffusers.image_files import save_image
+from uplift_diffusers.images.files import save_image
 from uplift_diffusers.models.hub import CheckpointSource
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from uplift_diffusers.evaluation.results import Results, compute_results, rows_t
 from uplift_diffusers.evaluation.selection import check_model, for_latents, load_pipeline, make_methods, parse_methods
 from uplift_diffusers.evaluation.super_resolution import SuperResolution
 from uplift_diffusers.evaluation.text_to_image import TextToImage
-from uplift_diffusers.image_files import make_writable_folder, save_image
+from uplift_diffusers.images.files import save_image
+from uplift_diffusers.saving import make_writable_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,4 +223,4 @@ def _write_pictures(evaluation: Evaluation, results: Results, folder: Path) -> N
         write_whole(folder / "plots" / f"{name}.png", picture.getvalue())
     truths = evaluation.protocol.previews(rows_to_show(len(evaluation.protocol.items)))
     for scale, found in results.items():
-        save_image(make_contact_sheet(found.previews, truths), folder / f"contact_sheet_{scale}x.png")
+        save_image(make_contact_sheet(found.previews, truths), folder / f"contact_sheet_{scale}x.png", overwrite=True)

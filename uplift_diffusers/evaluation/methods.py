@@ -14,8 +14,8 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from uplift_diffusers.evaluation.digests import digest, digest_bytes, digest_configs, digest_weights
 from uplift_diffusers.evaluation.metrics import to_bytes
-from uplift_diffusers.image_files import find_image_files, open_image
-from uplift_diffusers.images import resize
+from uplift_diffusers.images.convert import resize
+from uplift_diffusers.images.files import find_image_files, open_image
 from uplift_diffusers.latent_space import Autoencoder, LatentSpace
 from uplift_diffusers.pipelines.cfm_latent_upscale import CFMLatentUpscalePipeline
 from uplift_diffusers.pipelines.latent_upscale import UPLiFTLatentUpscalePipeline
@@ -204,7 +204,7 @@ def folder_method(name: str, folder: Path, *, samples: list[Sample]) -> Method:
     found, wanted = {}, {}
     for scale in sorted({sample.scale for sample in samples}):
         root = folder / f"{scale}x"
-        for path in find_image_files(root):
+        for path in find_image_files(root).files:
             _add(found, scale, path.relative_to(root), path)
     for sample in samples:
         _add(wanted, sample.scale, Path(sample.name), sample)

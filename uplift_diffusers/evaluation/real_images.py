@@ -16,8 +16,8 @@ from uplift_diffusers.data.sources import open_source
 from uplift_diffusers.evaluation.digests import digest_bytes
 from uplift_diffusers.evaluation.inception import NUM_FEATURES
 from uplift_diffusers.evaluation.metrics import to_bytes
-from uplift_diffusers.image_files import open_image
-from uplift_diffusers.images import read_pictures
+from uplift_diffusers.images.convert import read_pictures
+from uplift_diffusers.images.files import open_image
 
 
 @dataclass(frozen=True)

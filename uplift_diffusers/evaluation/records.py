@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from uplift_diffusers.evaluation.digests import digest
-from uplift_diffusers.image_files import replaced_when_whole
+from uplift_diffusers.saving import replaced_when_whole
 
 Record = dict[str, torch.Tensor]
 """What was measured, by name: figures as float64 scalars (which hold infinity, as JSON does not), features, pixels."""

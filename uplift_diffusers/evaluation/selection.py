@@ -21,7 +21,7 @@ from uplift_diffusers.evaluation.methods import (
     vae_round_trip,
 )
 from uplift_diffusers.flow_matching import euler_scheduler
-from uplift_diffusers.image_files import find_image_files
+from uplift_diffusers.images.files import find_image_files
 from uplift_diffusers.latent_space import Autoencoder, LatentSpace
 from uplift_diffusers.models.upsampler import UPLiFTModel
 from uplift_diffusers.pipelines.cfm_latent_upscale import CFMLatentUpscalePipeline
@@ -193,7 +193,7 @@ def _note_on_vae(method: Method, vae: Autoencoder) -> str:
 
 
 def _is_folder_of_images(path: Path, samples: list[Sample]) -> bool:
-    return any(find_image_files(path / f"{scale}x") for scale in {sample.scale for sample in samples})
+    return any(find_image_files(path / f"{scale}x").files for scale in {sample.scale for sample in samples})
 
 
 def _value(text: str) -> object:

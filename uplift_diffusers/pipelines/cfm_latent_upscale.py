@@ -23,7 +23,7 @@ from uplift_diffusers.flow_matching import (
     predict_velocity,
     set_equal_steps,
 )
-from uplift_diffusers.images import ImageInput, pad_to_multiple, read_batch
+from uplift_diffusers.images.convert import ImageInput, pad_to_multiple, read_batch
 from uplift_diffusers.latent_space import LatentCodec, LatentSpace
 from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
 from uplift_diffusers.pipelines.upscale_stage import OUTPUT_TYPES, check_generator

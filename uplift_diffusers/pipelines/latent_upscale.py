@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 
-from uplift_diffusers.images import ImageInput, read_batch
+from uplift_diffusers.images.convert import ImageInput, read_batch
 from uplift_diffusers.latent_space import LatentCodec, LatentSpace
 from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
 from uplift_diffusers.models.upsampler import UPLiFTModel

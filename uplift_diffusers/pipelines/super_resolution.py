@@ -1,13 +1,21 @@
 """UPLiFTSuperResolutionPipeline: an image in, a larger image out."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ImagePipelineOutput
 
-from uplift_diffusers.images import ImageInput, Picture, assemble_pil, pad_to_multiple, read_pictures
+from uplift_diffusers.images.convert import (
+    ImageInput,
+    Picture,
+    assemble_pil,
+    fill_transparent,
+    pad_to_multiple,
+    read_pictures,
+)
 from uplift_diffusers.latent_space import LatentCodec, LatentSpace
 from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
 from uplift_diffusers.models.upsampler import UPLiFTModel
@@ -122,6 +130,8 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
                 strips, alpha = [picture.color], picture.alpha
                 size = scaled_size((picture.height, picture.width), scale)
                 if scale != 1:
+                    if alpha is not None:
+                        picture = replace(picture, color=fill_transparent(picture.color, alpha))
                     strips = self._enlarge(
                         picture,
                         codec=codec,
@@ -132,7 +142,8 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
                         progress=progress,
                     )
                     if alpha is not None:
-                        alpha = F.interpolate(alpha[None], size=size, mode="bicubic").clamp_(0, 1)[0]
+                        # Bilinear: whatever overshoots draws lines beside the edges.
+                        alpha = F.interpolate(alpha[None], size=size, mode="bilinear")[0]
                 if output_type == "pil":
                     images.append(assemble_pil(strips, size, alpha=alpha, mode=picture.mode))
                 else:

@@ -7,7 +7,7 @@ from diffusers import AutoencoderTiny
 from diffusers.utils.torch_utils import is_compiled_module
 
 from uplift_diffusers.arguments import read_number, read_whole_number
-from uplift_diffusers.images import interpolate
+from uplift_diffusers.images.convert import interpolate
 from uplift_diffusers.latent_space import LatentCodec, LatentSpace
 from uplift_diffusers.models.upsampler import Generator, UPLiFTModel
 from uplift_diffusers.scale import num_steps_for_scale, scaled_size

@@ -9,7 +9,7 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
-from uplift_diffusers.image_files import save_image
+from uplift_diffusers.images.files import save_image
 
 METRICS = "metrics.jsonl"
 
@@ -63,7 +63,7 @@ class RunLog:
         for name, picture in validation.pictures.items():
             folder = self.output_dir / "validation"
             folder.mkdir(exist_ok=True)
-            save_image(picture, folder / f"{name}-{step:06d}.png")
+            save_image(picture, folder / f"{name}-{step:06d}.png", overwrite=True)
             for tracker in self.accelerator.trackers:
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({name: np.asarray(picture)[None]}, step=step, **layout)

@@ -1,0 +1,583 @@
+"""Image files: found, opened under a size limit, and saved whole or not at all."""
+
+import io
+import os
+import stat
+import struct
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from uplift_diffusers.images.containers import (
+    JPEG_SIGNATURE,
+    PNG_SIGNATURE,
+    JpegParts,
+    PngParts,
+    has_all_frequencies,
+    split_jpeg,
+    split_png,
+)
+from uplift_diffusers.images.exif import ORIENTATION, SHORT, Entry, Exif, read_directories
+from uplift_diffusers.images.metadata import (
+    Metadata,
+    finish_tiff,
+    fit_metadata,
+    read_jpeg_metadata,
+    read_other_metadata,
+    read_png_metadata,
+    read_tiff_metadata,
+    save_options,
+)
+from uplift_diffusers.images.modes import (
+    DEEP_GREY_WITH_ALPHA,
+    MODES,
+    lay_on_white,
+    to_common_mode,
+    to_eight_bits,
+    turn_upright,
+)
+from uplift_diffusers.saving import replaced_when_whole
+
+MAX_INPUT_PIXELS = 100_000_000
+"""Pixels of the largest image that is opened."""
+
+INPUT_FORMATS = (
+    *("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "AVIF", "JPEG2000", "PSD", "QOI", "TGA", "PPM"),
+    *("ICO", "ICNS", "CUR", "DIB", "DDS", "PCX", "DCX", "SGI", "SUN", "MSP", "XBM", "XPM"),
+)
+"""Pillow's names of the formats that are opened: none that runs what is in a file, or another program, as EPS does."""
+
+HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
+"""Opened by `pillow-heif`, where it is installed."""
+
+INPUT_SUFFIXES = HEIF_SUFFIXES | {
+    suffix for suffix, name in Image.registered_extensions().items() if name in INPUT_FORMATS
+}
+"""What counts as an image in a folder."""
+
+OUTPUT_FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".webp": "WEBP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".bmp": "BMP",
+}
+"""Pillow's name of the format that a suffix stands for."""
+
+MAX_EDGES = {"JPEG": 65_500, "WEBP": 16_383}
+"""Pixels of the longest edge that a format holds, where that can be too few."""
+
+_SAVE_OPTIONS = {
+    "JPEG": {"quality": 95, "subsampling": "4:4:4"},
+    "WEBP": {"quality": 95},
+}
+_OPAQUE_FORMATS = ("JPEG", "BMP")  # Pillow writes a 32-bit BMP, but hardly anything reads its fourth channel as alpha
+_EIGHT_BIT_FORMATS = ("JPEG", "WEBP", "BMP")
+
+_HEAD_BYTES = 2**20
+_MISSING_ROWS = 32  # of a JPEG whose end is missing: two rows of its blocks, which decoders hold back
+
+# TIFF tags.
+_BITS, _PHOTOMETRIC, _SAMPLES, _PLANES, _PREDICTOR = 258, 262, 277, 284, 317
+_TILE_WIDTH, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 322, 338, 339
+
+
+@dataclass(frozen=True)
+class OpenedImage:
+    """
+    What was read from an image file.
+
+    Args:
+        image: its first frame, upright, of mode L, LA, RGB, RGBA or I;16.
+        metadata: what else is in the file and holds for its enlargement, for [`save_image`].
+        losses: sentences on what is in the file and not in here.
+    """
+
+    image: Image.Image
+    metadata: Metadata = field(default_factory=Metadata)
+    losses: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FoundFiles:
+    """
+    What lies below a folder.
+
+    Args:
+        files: with a suffix of an image, sorted by path.
+        left_out: how many other files there are, by suffix; hidden ones (.name) are not counted.
+        problems: places that could not be looked at, and a sentence on each: folders that cannot be read, links to
+            folders, links that lead nowhere, and what has the name of an image and is no file.
+    """
+
+    files: tuple[Path, ...]
+    left_out: Mapping[str, int]
+    problems: tuple[tuple[Path, str], ...]
+
+
+def find_image_files(folder: str | Path, *, leave_out: Path | None = None) -> FoundFiles:
+    """
+    Look for images below `folder`.
+
+    Args:
+        leave_out: a folder that is not looked at, such as that of the outputs.
+    """
+    unseen = leave_out and leave_out.resolve()
+    files, left_out, problems = [], Counter(), []
+
+    def note(error: OSError) -> None:
+        problems.append((Path(error.filename or folder), f"{error.strerror or error}."))
+
+    for place, folders, names in os.walk(folder, onerror=note):
+        entered = []
+        for name in folders:
+            path = Path(place, name)
+            if name.startswith(".") or path.resolve() == unseen:
+                continue
+            if path.is_symlink():
+                problems.append((path, "a link to a folder, which is not followed."))
+            else:
+                entered.append(name)
+        folders[:] = entered
+        for name in names:
+            path = Path(place, name)
+            if name.startswith("."):
+                continue
+            if path.suffix.lower() not in INPUT_SUFFIXES:
+                left_out[path.suffix.lower() or "no suffix"] += 1
+            elif os.path.isfile(path):
+                files.append(path)
+            else:
+                problems.append((path, _what_is_no_file(path)))
+    return FoundFiles(tuple(sorted(files)), dict(sorted(left_out.items())), tuple(sorted(problems)))
+
+
+def open_image(source: str | Path | BinaryIO) -> OpenedImage:
+    """
+    Read an image file, all of it, so that a damaged one is found out here.
+
+    What lies beside the pixels (texts, profiles, EXIF data) never keeps an image from being opened: what is damaged or
+    too long there is in `losses`. Four inks (CMYK) become sRGB through the file's own profile. The EXIF orientation is
+    applied; one that is in XMP only is not, as in browsers.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no image, of a kind that is not read, damaged, or larger than `MAX_INPUT_PIXELS`; the
+            sentence does not name it.
+    """
+    with _explaining_damage(), _stream(source) as stream:
+        head = stream.read(_HEAD_BYTES)
+        if head.startswith(PNG_SIGNATURE):
+            return _read_png(split_png(stream))
+        if head.startswith(JPEG_SIGNATURE):
+            return _read_jpeg(split_jpeg(stream), stream)
+        if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            return _read_tiff(stream)
+        with _pillow_open(stream, head) as file:
+            file.load()
+            metadata, orientation, losses = read_other_metadata(file, head)
+            return _opened(file, metadata, orientation, losses)
+
+
+def check_image_header(source: str | Path | BinaryIO) -> None:
+    """Raise as `open_image` does, from the beginning of the file alone: what is damaged further on passes."""
+    with _explaining_damage(), _stream(source) as stream:
+        head = stream.read(4096)
+        if head.startswith(PNG_SIGNATURE):
+            stream = io.BytesIO(split_png(stream, header_only=True).pixels)
+        elif head.startswith(JPEG_SIGNATURE):
+            stream = io.BytesIO(split_jpeg(stream, header_only=True).pixels or head)
+        elif head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            first, _ = _tiff_directories(stream)
+            _check_tiff_samples(first)
+            return  # Pillow knows fewer kinds of TIFF than are read here
+        with _pillow_open(stream, head):
+            pass
+
+
+def plan_saving(opened: OpenedImage, suffix: str) -> OpenedImage:
+    """
+    An opened image as it should be worked on to be saved with `suffix`: where that format has no alpha it is laid on
+    white now, because the rim of something transparent cannot be enlarged rightly afterwards. `metadata` is what the
+    format holds, and `losses` have a sentence more on the rest.
+
+    Raises:
+        ValueError: `suffix` is none of `OUTPUT_FORMATS`.
+    """
+    file_format = _format_of(suffix)
+    image = lay_on_white(opened.image) if file_format in _OPAQUE_FORMATS else opened.image
+    metadata, losses = fit_metadata(
+        opened.metadata, file_format, is_grey=_is_grey(image.mode, file_format), suffix=suffix.lower()
+    )
+    return OpenedImage(image, metadata, (*opened.losses, *losses))
+
+
+def save_image(
+    image: Image.Image, path: str | Path, *, metadata: Metadata | None = None, overwrite: bool = False
+) -> None:
+    """
+    Save an image in the format of its suffix, whole or not at all.
+
+    JPEG has quality 95 without chroma subsampling, WebP quality 95; the others are lossless. Where the format has no
+    alpha the image is laid on white; where it has no 16 bits they are rounded to 8. What it cannot hold of `metadata`
+    is left out; [`plan_saving`] says beforehand what that is.
+
+    Args:
+        path: ends in one of `OUTPUT_FORMATS`.
+        overwrite: replace a file that is there. Links, named pipes, sockets and devices are never replaced.
+    Raises:
+        ValueError: another suffix, or pixels whose range is unknown.
+        FileExistsError: there is something that is not replaced, or it has appeared meanwhile.
+        OSError: it cannot be written; what was there is as it was.
+    """
+    path = Path(path)
+    file_format = _format_of(path.suffix)
+    image = _fit_format(image, file_format)
+    metadata, _ = fit_metadata(
+        metadata or Metadata(), file_format, is_grey=_is_grey(image.mode, file_format), suffix=path.suffix
+    )
+    options = {**_SAVE_OPTIONS.get(file_format, {}), **save_options(metadata, file_format)}
+    with replaced_when_whole(path, overwrite=overwrite) as file:
+        image.save(_PythonFile(file), format=file_format, **options)
+        if file_format == "TIFF":
+            _append_to_tiff(file, metadata)
+
+
+class _PythonFile:
+    """A file that Pillow's encoders do not write to past Python, where they lose the system's error (disk full)."""
+
+    def __init__(self, file: BinaryIO):
+        self.write, self.read, self.seek, self.tell, self.flush = (
+            file.write,
+            file.read,
+            file.seek,
+            file.tell,
+            file.flush,
+        )
+
+
+def _format_of(suffix: str) -> str:
+    file_format = OUTPUT_FORMATS.get(suffix.lower())
+    if file_format is None:
+        raise ValueError(f"`path` must end in {', '.join(OUTPUT_FORMATS)}, got {suffix!r}.")
+    return file_format
+
+
+def _is_grey(mode: str, file_format: str) -> bool:
+    return mode in ("L", "LA", "I;16") and file_format != "WEBP"  # which has colour only
+
+
+def _fit_format(image: Image.Image, file_format: str) -> Image.Image:
+    if image.mode not in MODES:
+        image, _ = to_common_mode(image, icc_profile=image.info.get("icc_profile"))
+    if image.mode == "I;16" and file_format in _EIGHT_BIT_FORMATS:
+        image = Image.fromarray(to_eight_bits(np.asarray(image)))
+    if file_format in _OPAQUE_FORMATS:
+        image = lay_on_white(image)
+    if file_format == "WEBP" and image.mode in ("L", "LA"):
+        image = image.convert("RGB" if image.mode == "L" else "RGBA")
+    if image.info:  # from which Pillow would take metadata
+        image = image.copy()
+        image.info = {}
+    return image
+
+
+def _append_to_tiff(file: BinaryIO, metadata: Metadata) -> None:
+    length = file.seek(0, os.SEEK_END)
+    length += file.write(b"\0" * (length % 2))
+
+    def data_at(offset: int, size: int) -> bytes:
+        file.seek(offset)
+        return file.read(size)
+
+    order = "<" if data_at(0, 2) == b"II" else ">"
+    directories = finish_tiff(data_at, length, metadata)
+    if directories is not None:
+        file.seek(length)
+        file.write(directories)
+        file.seek(4)
+        file.write(struct.pack(order + "I", length))
+
+
+@contextmanager
+def _explaining_damage() -> Iterator[None]:
+    """Errors in the block as `open_image` raises them, and no warnings."""
+    with warnings.catch_warnings():
+        # Pillow warns of sizes that are within the limit here, and of damaged metadata, which is told of elsewhere.
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except _Refusal as refusal:
+            raise ValueError(str(refusal)) from None
+        except UnidentifiedImageError:
+            raise ValueError("not an image, or of a kind that is not read.") from None
+        except Image.DecompressionBombError:
+            raise ValueError(f"larger than the limit of {MAX_INPUT_PIXELS / 1e6:g} megapixels.") from None
+        except MemoryError:
+            raise
+        except Exception as error:  # what a decoder raises at a damaged file depends on the format and the damage
+            if isinstance(error, OSError) and error.errno is not None:  # from the system: the file cannot be read
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            reason = "".join(letter if letter.isprintable() else "?" for letter in reason)
+            raise ValueError(f"the image is damaged or cut off ({reason}).") from error
+
+
+class _Refusal(Exception):  # noqa: N818
+    """A sentence on why a file is not read that is no damage."""
+
+
+@contextmanager
+def _stream(source: str | Path | BinaryIO) -> Iterator[BinaryIO]:
+    if not isinstance(source, str | os.PathLike):
+        source.seek(0)
+        yield source
+        return
+    mode = os.stat(source).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a named pipe would wait for ever
+        raise _Refusal("not a file, but a named pipe, a socket or a device.")
+    with open(source, "rb") as stream:
+        if os.fstat(stream.fileno()).st_size == 0:
+            raise _Refusal("the file is empty.")
+        yield stream
+
+
+@contextmanager
+def _pillow_open(stream: BinaryIO, head: bytes, formats: tuple[str, ...] = INPUT_FORMATS) -> Iterator[Image.Image]:
+    """The image in a stream, its pixels not read yet, of a size within the limit."""
+    stream.seek(0)
+    try:
+        file = _heif(stream) if _is_heif(head) else Image.open(stream, formats=formats)
+    except UnidentifiedImageError:
+        if len(formats) > 1:
+            raise
+        raise _Refusal(f"a {formats[0]} file that is damaged, or of a kind that is not read.") from None
+    with file:
+        if file.width * file.height > MAX_INPUT_PIXELS:
+            raise Image.DecompressionBombError
+        yield file
+
+
+def _is_heif(head: bytes) -> bool:
+    (size,) = struct.unpack(">I", head[:4]) if len(head) >= 4 else (0,)
+    brands = {head[at : at + 4] for at in (8, *range(16, min(size, 256), 4))} if head[4:8] == b"ftyp" else set()
+    return bool(brands & {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}) and not (
+        brands & {b"avif", b"avis"}
+    )
+
+
+def _heif(stream: BinaryIO) -> Image.Image:
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError:
+        raise _Refusal("HEIC pictures need pillow-heif: pip install pillow-heif.") from None
+    return HeifImageFile(stream)
+
+
+def _opened(
+    image: Image.Image, metadata: Metadata, orientation: int, losses: tuple[str, ...], **conversion
+) -> OpenedImage:
+    if image.width * image.height > MAX_INPUT_PIXELS:  # of an icon, which may be larger than it says
+        raise Image.DecompressionBombError
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
+    common, more = to_common_mode(image, icc_profile=metadata.icc_profile, **conversion)
+    if image.mode in ("CMYK", "LAB"):
+        metadata = metadata.without_color_space()
+    upright = turn_upright(common, orientation)
+    if upright is image or upright.info:
+        upright = upright.copy()
+        upright.info = {}
+    return OpenedImage(upright, metadata, (*losses, *more))
+
+
+def _read_png(parts: PngParts) -> OpenedImage:
+    with _pillow_open(io.BytesIO(parts.pixels), b"", ("PNG",)) as file:
+        metadata, orientation, losses = read_png_metadata(parts, file.info)
+        key = next((data for name, data in parts.chunks if name == b"tRNS"), b"")
+        if parts.color_type == 2 and parts.depth == 16 and len(key) == 6:
+            image = _keyed_deep_rgb(parts.pixels, struct.unpack(">3H", key))
+            return _opened(image, metadata, orientation, losses)
+        file.load()
+        if parts.color_type == 4 and file.mode == "RGBA":  # as Pillow opens 16-bit grey with alpha
+            image = Image.merge("LA", (file.getchannel("R"), file.getchannel("A")))
+            return _opened(image, metadata, orientation, (*losses, DEEP_GREY_WITH_ALPHA))
+        color_key = None
+        if parts.color_type == 0 and len(key) == 2:
+            highest = 2**parts.depth - 1
+            color_key = (int.from_bytes(key) & highest) * (1 if parts.depth == 16 else 255 // highest)
+        elif parts.color_type == 2 and len(key) == 6:
+            color_key = tuple(value & 255 for value in struct.unpack(">3H", key))
+        return _opened(file, metadata, orientation, losses, color_key=color_key)
+
+
+def _keyed_deep_rgb(pixels: bytes, key: tuple[int, int, int]) -> Image.Image:
+    """The RGBA image of a PNG of 16 bits a channel and a transparent colour. Pillow reads the upper bytes only."""
+    halves = []
+    for rawmode in ("RGB;16B", "RGB;16L"):  # taken for values of the other byte order, they have the lower bytes above
+        with Image.open(io.BytesIO(pixels), formats=("PNG",)) as file:
+            file.tile = [tile._replace(args=rawmode) for tile in file.tile]
+            file.load()
+            halves.append(np.asarray(file))
+    is_key = np.ones(halves[0].shape[:2], bool)
+    for channel, value in enumerate(key):
+        is_key &= (halves[0][..., channel] == value >> 8) & (halves[1][..., channel] == value & 255)
+    image = Image.fromarray(halves[0])
+    image.putalpha(Image.fromarray(np.where(is_key, 0, 255).astype(np.uint8)))
+    return image
+
+
+def _read_jpeg(parts: JpegParts, stream: BinaryIO) -> OpenedImage:
+    if parts.pixels is None:
+        source = stream
+    else:
+        source = io.BytesIO(parts.pixels if parts.is_whole else _with_end(parts.pixels))
+    with _pillow_open(source, b"", ("JPEG",)) as file:
+        file.load()
+        metadata, orientation, losses = read_jpeg_metadata(parts, file.info)
+        return _opened(file, metadata, orientation, losses)
+
+
+def _with_end(pixels: bytes) -> bytes:
+    """A JPEG file without its end marker, with one, if hardly anything is missing."""
+    whole = pixels + b"\xff\xd9"
+    if not has_all_frequencies(pixels):
+        # Some bytes of zeros let the decoder finish the last block if it is there.
+        stops, ends = (_decoded_rows(pixels + tail) for tail in (b"\0" * 8, b"\xff\xd9"))
+        missing = int((~stops & ends).sum())
+        if missing > min(_MISSING_ROWS, max(18, len(ends) // 8)):
+            share = round(100 * missing / len(ends))
+            what = f"{share} % of its rows are missing" if share < 100 else "its end is missing"
+            raise _Refusal(f"the image is damaged or cut off ({what}).")
+    return whole
+
+
+def _decoded_rows(pixels: bytes) -> np.ndarray:
+    """(H,) bool: which rows of a JPEG file a decoder gets to that stops where the data stop; black ones are not."""
+    with _pillow_open(io.BytesIO(pixels), b"", ("JPEG",)) as file:
+        try:
+            file.load()
+        except OSError:
+            file.tile = []  # the rows that are there stay
+        array = np.asarray(file)
+    return array.reshape(len(array), -1).any(axis=1)
+
+
+def _read_tiff(stream: BinaryIO) -> OpenedImage:
+    first, second = _tiff_directories(stream)
+    _check_tiff_samples(first)
+    bits, photometric = _numbers(first, _BITS, 1), _numbers(first, _PHOTOMETRIC, 1)[0]
+    if bits == [16, 16] and photometric in (0, 1):
+        return _read_deep_grey_with_alpha(stream, first, second)
+    is_deep_grey = len(bits) == 1 and 8 < bits[0] <= 16 and photometric in (0, 1)
+    if is_deep_grey and photometric == 0:  # Pillow leaves such a negative as it is, or refuses it
+        stream.seek(0)
+        stream = io.BytesIO(_with_tag(bytearray(stream.read()), _PHOTOMETRIC, 1))
+    with _pillow_open(stream, b"", ("TIFF",)) as file:
+        file.load_end = lambda: None  # where Pillow applies the orientation, also one that is in XMP only
+        file.load()
+        metadata, orientation, losses = read_tiff_metadata(first, second, file.info)
+        image = file.copy()  # its size is that before an orientation is applied
+        if is_deep_grey:
+            highest = 2 ** bits[0] - 1
+            values = np.asarray(image).astype(np.uint32)
+            values = highest - values if photometric == 0 else values
+            image = Image.fromarray(
+                (values if highest == 65535 else (values * 65535 + highest // 2) // highest).astype(np.uint16)
+            )
+        return _opened(image, metadata, orientation, losses)
+
+
+def _read_deep_grey_with_alpha(stream: BinaryIO, first: Exif, second: Exif | None) -> OpenedImage:
+    """A TIFF of 16-bit grey and a second channel, which Pillow does not know: taken for four channels of 8 bits."""
+    stream.seek(0)
+    data = stream.read()
+    data += b"\0" * (len(data) % 2)
+    predictor = _numbers(first, _PREDICTOR, 1)[0]
+    if data[2:4] not in (b"*\0", b"\0*") or _numbers(first, _PLANES, 1) == [2] or _TILE_WIDTH in first.main:
+        raise _Refusal("16-bit greyscale with a second channel, stored in a rare way: save it without tiles.")
+
+    def numbers(*values: int) -> Entry:
+        return Entry(SHORT, len(values), struct.pack(f"{first.order}{len(values)}H", *values))
+
+    disguise = {_BITS: numbers(8, 8, 8, 8), _SAMPLES: numbers(4), _PHOTOMETRIC: numbers(2), _PREDICTOR: numbers(1)}
+    disguised = replace(first.without(_EXTRA_SAMPLES, _SAMPLE_FORMAT, ORIENTATION), exposure={}, place={})
+    disguised = replace(disguised, main={**disguised.main, **disguise})
+    data = data[:4] + struct.pack(first.order + "I", len(data)) + data[8:] + disguised.directories_at(len(data))
+    with _pillow_open(io.BytesIO(data), b"", ("TIFF",)) as file:
+        file.load_end = lambda: None
+        file.load()
+        values = np.array(file).view(first.order + "u2").astype(np.uint16)  # (H, W, 2)
+    if predictor == 2:  # differences along the rows
+        values = np.cumsum(values, axis=1, dtype=np.uint16)
+    grey, second_channel = values[..., 0], values[..., 1]
+    grey = 65535 - grey if _numbers(first, _PHOTOMETRIC, 1)[0] == 0 else grey
+    metadata, orientation, losses = read_tiff_metadata(first, second, {})
+    kind = _numbers(first, _EXTRA_SAMPLES, 0)[0]
+    if kind not in (1, 2):  # something else than alpha
+        return _opened(Image.fromarray(grey), metadata, orientation, losses)
+    if kind == 1:  # grey is multiplied by it
+        grey = np.minimum(65535.0, grey * (65535.0 / np.maximum(second_channel, 1)))
+    channels = [Image.fromarray(to_eight_bits(channel)) for channel in (grey, second_channel)]
+    return _opened(Image.merge("LA", channels), metadata, orientation, (*losses, DEEP_GREY_WITH_ALPHA))
+
+
+def _tiff_directories(stream: BinaryIO) -> tuple[Exif, Exif | None]:
+    length = stream.seek(0, os.SEEK_END)
+
+    def read_at(offset: int, size: int) -> bytes:
+        stream.seek(offset)
+        return stream.read(size)
+
+    return read_directories(read_at, length)
+
+
+def _check_tiff_samples(first: Exif) -> None:
+    """Raise _Refusal, in a photographer's words, if the numbers of a TIFF are none that are read."""
+    bits, formats = max(_numbers(first, _BITS, 1)), set(_numbers(first, _SAMPLE_FORMAT, 1))
+    if 3 in formats:
+        kind = f"{bits}-bit floating-point pixels, whose range is unknown"
+    elif formats & {5, 6}:
+        kind = "complex numbers as pixels, which are no colours"
+    elif 2 in formats:
+        kind = f"signed {bits}-bit pixels, from {-(2 ** (bits - 1))} to {2 ** (bits - 1) - 1}"
+    elif bits > 16:
+        kind = f"{bits}-bit pixels, from 0 to {2**bits - 1}"
+    else:
+        return
+    raise _Refusal(f"{kind}: save it with 8 or 16 bits.")
+
+
+def _numbers(directory: Exif, tag: int, default: int) -> list[int]:
+    entry = directory.main.get(tag)
+    return (directory.numbers(entry) if entry is not None else []) or [default]
+
+
+def _with_tag(data: bytearray, tag: int, value: int) -> bytes:
+    """A TIFF file with another number in a tag of its first directory."""
+    order = "<" if data[:2] == b"II" else ">"
+    is_big = data[2:4] in (b"+\0", b"\0+")
+    (start,) = struct.unpack_from(order + ("Q" if is_big else "I"), data, 8 if is_big else 4)
+    (count,) = struct.unpack_from(order + ("Q" if is_big else "H"), data, start)
+    head, size = (8, 20) if is_big else (2, 12)
+    for at in range(start + head, start + head + size * count, size):
+        number, kind = struct.unpack_from(order + "HH", data, at)
+        if number == tag:
+            struct.pack_into(order + {1: "B", 3: "H", 4: "I"}[kind], data, at + size - (8 if is_big else 4), value)
+            break
+    return bytes(data)
+
+
+def _what_is_no_file(path: Path) -> str:
+    if not path.is_symlink():
+        return "not a file, but a named pipe, a socket or a device."
+    return "a link that leads nowhere." if not path.exists() else "a link to something that is no file."

@@ -1,0 +1,199 @@
+"""Files and folders that appear whole or not at all: written under another name in the same folder, then renamed."""
+
+import errno
+import functools
+import os
+import platform
+import re
+import secrets
+import shutil
+import stat
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BufferedRandom
+from pathlib import Path
+
+# A process id means something on one machine only, and a folder may be shared by several.
+_HOST = f"{zlib.crc32(platform.node().encode()):08x}"
+_PARTIAL = re.compile(rf"\.uplift-{_HOST}-(\d+)-[0-9a-f]+\.partial")
+_NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
+_SPECIAL = {
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+_in_progress: set[Path] = set()
+
+
+@contextmanager
+def replaced_when_whole(path: str | Path, *, overwrite: bool = True) -> Iterator[BufferedRandom]:
+    """
+    A file to write to that becomes `path` at the end of the block, and vanishes if the block does not get there.
+
+    What processes that are gone have left unfinished in the same folder is removed.
+
+    Args:
+        path: its folder exists.
+        overwrite: replace a file that is there. If not, the file system itself refuses, so that a file that appears
+            during the block stays.
+    Raises:
+        FileExistsError: there is such a file and `overwrite` is not given; or there is something that is never
+            replaced: a link, a named pipe, a socket, a device or a folder.
+        OSError: it cannot be written; names `path`. What was there is as it was.
+    """
+    path = Path(path)
+    with _naming(path):
+        check_output_path(path, overwrite=overwrite)
+        remove_unfinished(path.parent)
+        with _partial(path.parent) as partial:
+            with partial.open("x+b") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            check_output_path(path, overwrite=overwrite)
+            if overwrite:
+                os.replace(partial, path)
+            else:
+                _take_name(partial, path)
+        _sync(path.parent)
+
+
+@contextmanager
+def folder_when_whole(path: str | Path) -> Iterator[Path]:
+    """
+    A new folder to fill that becomes `path` at the end of the block, and vanishes if the block does not get there.
+
+    Raises:
+        FileExistsError: there is something at `path` already.
+        OSError: it cannot be written.
+    """
+    path = Path(path)
+    with _naming(path):
+        check_output_path(path)
+        remove_unfinished(path.parent)
+        with _partial(path.parent) as partial:
+            partial.mkdir()
+            yield partial
+            for place, _, names in os.walk(partial):
+                for name in names:
+                    with open(Path(place, name), "rb") as file:
+                        os.fsync(file.fileno())
+                _sync(Path(place))
+            check_output_path(path)
+            os.rename(partial, path)
+        _sync(path.parent)
+
+
+def check_output_path(path: str | Path, *, overwrite: bool = False) -> None:
+    """
+    Raise FileExistsError if a file cannot be put at `path` because of what is there, or OSError if the name is none
+    that the file system takes, such as one that is too long.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    special = _SPECIAL.get(stat.S_IFMT(mode))
+    if special is not None:
+        raise FileExistsError(errno.EEXIST, f"{special} is there, which is not replaced", str(path))
+    if not overwrite:
+        raise FileExistsError(errno.EEXIST, "a file of this name exists and is not replaced", str(path))
+
+
+def make_writable_folder(folder: str | Path) -> None:
+    """Create `folder` if need be and try that files can be written there. Raises OSError if not."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(folder)
+    with _partial(folder) as probe:
+        probe.touch(exist_ok=False)
+
+
+def remove_unfinished(folder: str | Path) -> None:
+    """Remove what processes that are gone were writing into `folder` when they ended, once in a process's life."""
+    _remove_unfinished(os.path.abspath(folder))
+
+
+@functools.cache
+def _remove_unfinished(folder: str) -> None:
+    with suppress(OSError):
+        for path in Path(folder).iterdir():
+            found = _PARTIAL.fullmatch(path.name)
+            if found and path not in _in_progress and not _is_running(int(found[1])):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    if process == os.getpid():
+        return False  # in a restarted container, the one before it had the same number
+    if os.name == "nt":
+        return True  # there, os.kill would end it
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+@contextmanager
+def _partial(folder: Path) -> Iterator[Path]:
+    """A free name in `folder`; whatever bears it at the end of the block is removed."""
+    path = Path(os.path.abspath(folder), f".uplift-{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.partial")
+    _in_progress.add(path)
+    try:
+        yield path
+    finally:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        _in_progress.discard(path)
+
+
+def _take_name(partial: Path, path: Path) -> None:
+    """Give a file a name that nothing bears. Raises FileExistsError, by the file system, if something does."""
+    try:
+        try:
+            os.link(partial, path)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            # A file system without links: the name is taken with an empty file, which then is replaced.
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            os.replace(partial, path)
+    except FileExistsError:
+        raise FileExistsError(
+            errno.EEXIST, "a file of this name has appeared meanwhile and is not replaced", str(path)
+        ) from None
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of the system in the block name `path`, and not the name that it has until it is whole, or none."""
+    try:
+        yield
+    except OSError as error:
+        is_ours = error.filename is None or str(error.filename).endswith(".partial")
+        if error.errno is not None and is_ours:
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+def _sync(folder: Path) -> None:
+    """Make what was renamed in `folder` last through a power failure, where the system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
