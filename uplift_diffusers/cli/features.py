@@ -8,14 +8,9 @@ from typing import TYPE_CHECKING
 
 from uplift_diffusers.cli.arguments import parse_count
 from uplift_diffusers.cli.console import CommandError, as_flags, say, tell
-from uplift_diffusers.image_files import (
-    OUTPUT_FORMATS,
-    make_writable_folder,
-    open_image,
-    replaced_when_whole,
-    save_image,
-)
+from uplift_diffusers.images.files import OUTPUT_FORMATS, open_image, save_image
 from uplift_diffusers.runtime import choose_device
+from uplift_diffusers.saving import make_writable_folder, replaced_when_whole
 from uplift_diffusers.wording import reason
 
 # torch and diffusers are imported where they are needed: --help and a mistyped flag have to answer at once.
@@ -112,9 +107,11 @@ def run(options: argparse.Namespace) -> int:
             output_type="pt" if suffix == ".safetensors" else "pil",
         )
         if suffix == ".safetensors":
-            _save_tensors(output, target, feature_space=pipeline.feature_backbone.space.name)
+            _save_tensors(
+                output, target, feature_space=pipeline.feature_backbone.space.name, overwrite=options.overwrite
+            )
         else:
-            save_image(_beside_each_other(output), target)
+            save_image(_beside_each_other(output), target, overwrite=options.overwrite)
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         tell(f"{source}: {reason(error)}")
         return 1
@@ -161,7 +158,7 @@ def _beside_each_other(output: "UPLiFTFeatureOutput") -> "Image.Image":
     return picture
 
 
-def _save_tensors(output: "UPLiFTFeatureOutput", target: Path, *, feature_space: str) -> None:
+def _save_tensors(output: "UPLiFTFeatureOutput", target: Path, *, feature_space: str, overwrite: bool) -> None:
     from safetensors.torch import save
 
     tensors = {
@@ -170,7 +167,7 @@ def _save_tensors(output: "UPLiFTFeatureOutput", target: Path, *, feature_space:
         "cls_token": output.cls_token,
     }
     tensors = {name: tensor[0].contiguous().cpu() for name, tensor in tensors.items() if tensor is not None}
-    with replaced_when_whole(target) as file:
+    with replaced_when_whole(target, overwrite=overwrite) as file:
         file.write(save(tensors, metadata={"feature_space": feature_space}))
 
 

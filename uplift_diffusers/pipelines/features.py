@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from uplift_diffusers.arguments import read_whole_number
 from uplift_diffusers.feature_space import FeatureBackbone, resize_bilinear
-from uplift_diffusers.images import ImageInput, read_batch
+from uplift_diffusers.images.convert import ImageInput, read_batch
 from uplift_diffusers.models.upsampler import UPLiFTModel
 from uplift_diffusers.pipelines.upscale_stage import Progress, TileSize, read_tile_size
 from uplift_diffusers.tiling import iterate_tiles, split_into_tiles
