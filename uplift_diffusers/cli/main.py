@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from uplift_diffusers._version import __version__
-from uplift_diffusers.cli import fetch, upscale
+from uplift_diffusers.cli import features, fetch, upscale
 from uplift_diffusers.cli.console import CommandError, say, tell
 
 PROGRAM = "uplift-diffusers"
@@ -35,6 +35,12 @@ class Delegate:
 DELEGATES = {
     "train": Delegate("uplift_diffusers.training.train", "train an upsampler of the latents of a VAE", "train"),
     "evaluate": Delegate("uplift_diffusers.evaluation.evaluate", "measure upscalers on photographs", "eval"),
+    "train-features": Delegate(
+        "uplift_diffusers.evaluation.predictive.training", "train an upsampler of a backbone's features", "train"
+    ),
+    "evaluate-features": Delegate(
+        "uplift_diffusers.evaluation.predictive.evaluate", "measure upsamplers of a backbone's features", "eval"
+    ),
     "demo": Delegate("uplift_diffusers.demo.app", "enlarge and create pictures in the browser", "demo"),
 }
 
@@ -115,7 +121,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (upscale, fetch):
+    for module in (upscale, features, fetch):
         module.add_arguments(
             commands.add_parser(
                 module.NAME,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -14,18 +14,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from uplift_diffusers.data.photographs import Crop, Photographs
+from uplift_diffusers.data.dataset import Crop, Photographs
 from uplift_diffusers.data.sources import FolderSource
 from uplift_diffusers.feature_space import FeatureBackbone, FeatureSpace, resize_bilinear
 from uplift_diffusers.models.conversion import CONFIGS
 from uplift_diffusers.models.upsampler import UPLiFTModel
 from uplift_diffusers.pipelines.features import principal_components
-from uplift_diffusers.training.config import TrainingConfig, option, parse_config, take_config_file
-from uplift_diffusers.training.data import open_photographs
-from uplift_diffusers.training.launch import make_accelerator, run_command
-from uplift_diffusers.training.logs import Validation
-from uplift_diffusers.training.loop import train
-from uplift_diffusers.training.publishing import create_repository, publish
+from uplift_diffusers.training.config import Task, TrainingConfig, option, parse_choices, parse_config
+from uplift_diffusers.training.monitoring import Validation
+from uplift_diffusers.training.train import run, run_command
 
 VALIDATION_DEPTHS = (1, 2)
 VALIDATION_BATCH = 4
@@ -34,21 +31,6 @@ VALIDATION_ROWS = 4
 
 UpsampleFeatures = Callable[[torch.Tensor, torch.Tensor, tuple[int, int]], torch.Tensor]
 """(features, image, size) -> features: (B, C, h, w) and (B, 3, H, W) in [0, 1] to (B, C, *size)."""
-
-
-class Task(NamedTuple):
-    """
-    What is trained.
-
-    Args:
-        model: the network that is trained, averaged and saved.
-        objective: holds `model`; see `uplift_diffusers.training.loop.train`.
-        validate: measures `model`.
-    """
-
-    model: nn.Module
-    objective: nn.Module
-    validate: Callable[[], Validation] | None
 
 
 @dataclass(frozen=True)
@@ -104,17 +86,8 @@ class FeatureTrainingConfig(TrainingConfig):
         if self.squash and (self.random_crop or self.augment_flip):
             raise ValueError("`squash` must be off with `random_crop` or `augment_flip`. Pass --no-squash.")
 
-    def make_crop(self) -> Callable[[Image.Image, int, int], torch.Tensor]:
-        """What cuts the training squares out of the photographs."""
-        if self.squash:
-            return Squash(self.resolution)
-        return Crop(
-            resolution=self.resolution,
-            random_crop=self.random_crop,
-            max_reduction=self.max_reduction,
-            augment_flip=self.augment_flip,
-            seed=self.seed,
-        )
+    def make_crop(self) -> Squash | Crop:
+        return Squash(self.resolution) if self.squash else super().make_crop()
 
     @contextmanager
     def open_task(self, device: torch.device) -> Iterator[Task]:
@@ -151,7 +124,7 @@ class FeatureTrainingConfig(TrainingConfig):
             validate = FeatureValidation(
                 upsample, backbone, self.validation_data_dir, resolution=self.resolution, depths=VALIDATION_DEPTHS
             )
-        return Task(model, objective, validate)
+        return Task(model=model, objective=objective, validate=validate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -412,48 +385,24 @@ def image_pyramid(images: torch.Tensor, depth: int) -> list[torch.Tensor]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train an upsampler of features as the flags say; the exit code is 1 after one line about an expected error."""
-    return run_command(_train, arguments)
+    """
+    Train an upsampler of features as `arguments` say, by default those of the process.
+
+    Returns:
+        The exit code: 0, or 1 after one line on stderr about an expected error. Wrong flags exit with 2.
+    """
+    return run_command(lambda: run(*parse_recipe(arguments)))
 
 
-def _train(arguments: list[str] | None) -> None:
-    settings, arguments = take_config_file(arguments)
-    recipe, arguments = _take_recipe(settings, arguments)
+def parse_recipe(arguments: list[str] | None = None) -> tuple[FeatureTrainingConfig, str]:
+    """The configuration that the command line names, and the command that selects it."""
+    chosen, settings, rest = parse_choices({"recipe": tuple(RECIPES)}, arguments)
+    recipe = chosen["recipe"]
     config = parse_config(
         RECIPES[recipe],
-        arguments,
+        rest,
         settings=settings,
-        description=f"Train an upsampler of a backbone's features. --recipe {' | '.join(RECIPES)}; {recipe}:",
+        description=f"Train an upsampler of a backbone's features. --recipe {' | '.join(RECIPES)}. "
+        f"The settings of {recipe}:",
     )
-    photographs = open_photographs(config)  # before anything is loaded
-    photographs.crop = config.make_crop()
-    accelerator = make_accelerator(config)
-    repository = create_repository(config) if accelerator.is_main_process else None
-    with config.open_task(accelerator.device) as task:
-        train(
-            task.model,
-            task.objective,
-            config,
-            photographs=photographs,
-            accelerator=accelerator,
-            validate=task.validate,
-        )
-    if accelerator.is_main_process:
-        command = f"accelerate launch train_features.py --recipe {recipe}"
-        publish(task.model, config, accelerator=accelerator, command=command, repository=repository)
-
-
-def _take_recipe(settings: dict, arguments: list[str]) -> tuple[str, list[str]]:
-    """The recipe that the flags or the file name, and the other flags."""
-    recipe, rest = str(settings.pop("recipe", "dinov2-s14")), []
-    remaining = iter(arguments)
-    for argument in remaining:
-        if argument == "--recipe":
-            recipe = next(remaining, "")
-        elif argument.startswith("--recipe="):
-            recipe = argument.partition("=")[2]
-        else:
-            rest.append(argument)
-    if recipe not in RECIPES:
-        raise ValueError(f"`recipe` must be one of {', '.join(RECIPES)}, got {recipe!r}.")
-    return recipe, rest
+    return config, f"accelerate launch train_features.py --recipe {recipe}"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 
-from uplift_diffusers.image_files import find_image_files, open_image
+from uplift_diffusers.images.files import find_image_files, open_image
 
 IGNORED = 255
 """The class of pixels that count neither in training nor in scores."""
@@ -192,8 +192,8 @@ def find_photographs(folder: str | Path) -> list[Path]:
     Raises:
         FileNotFoundError: there is none.
     """
-    if found := find_image_files(Path(folder)):
-        return found
+    if found := find_image_files(Path(folder)).files:
+        return list(found)
     raise FileNotFoundError(f"`{folder}` must hold photographs, got none.")
 
 

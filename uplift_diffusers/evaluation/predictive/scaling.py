@@ -83,10 +83,10 @@ class Workload:
             return load_peer(self.method, channels=self.channels, query_chunk=self.query_chunk)
         # Not above: diffusers takes seconds to import, in every process that measures.
         from uplift_diffusers.evaluation.predictive.upsamplers import UPLiFT
-        from uplift_diffusers.models.conversion import VARIANTS
+        from uplift_diffusers.models.conversion import CONFIGS
         from uplift_diffusers.models.upsampler import UPLiFTModel
 
-        config = {**VARIANTS["dinov3-splus16"], "latent_channels": self.channels, "spatial_factor": self.patch_size}
+        config = {**CONFIGS["dinov3-splus16"], "latent_channels": self.channels, "spatial_factor": self.patch_size}
         return UPLiFT(UPLiFTModel(**config))
 
 
