@@ -73,7 +73,7 @@ class Workload:
     def make(self, device: torch.device | str) -> Callable[[], torch.Tensor]:
         """Upsampler and inputs, ready to be called."""
         with torch.device(device):
-            upsampler = self._upsampler().eval()
+            upsampler = self._upsampler().eval().to(device)
             features = torch.randn(1, self.channels, self.side, self.side)
             image = torch.rand(1, 3, self.image_px, self.image_px)
         return lambda: upsampler.upsample(features, image, (self.image_px, self.image_px))
