@@ -5,7 +5,7 @@ Measure upscalers on photographs, or on what Stable Diffusion makes of prompts. 
     accelerate launch --multi_gpu --num_processes 4 eval_generative.py --data_dir photos/val --output_dir report
 """
 
-from uplift_diffusers.evaluation.cli import main
+from uplift_diffusers.evaluation.evaluate import main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(program="eval_generative.py"))

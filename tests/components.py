@@ -339,6 +339,8 @@ def arguments_of(name: str) -> dict:
     arguments = {"generator": seeded(), "output_type": "np"}
     if name.startswith("text_to_image"):
         return {**arguments, "prompt": "a cat", "num_inference_steps": 2}
+    if name == "features":
+        return {"image": smooth_images(1, 40, 33), "output_type": "np"}
     return {**arguments, "image": smooth_images(1, 16, 24)}
 
 

@@ -46,9 +46,9 @@ class Demo:
     def memory_bytes(self) -> int:
         return psutil.Process(self.process.pid).memory_info().rss
 
-    def stop(self) -> int:
-        """As Ctrl-C does; returns the exit code."""
-        self.process.send_signal(signal.SIGINT)
+    def stop(self, number: int) -> int:
+        """Send a signal; returns the exit code."""
+        self.process.send_signal(number)
         return self.process.wait(60)
 
 
@@ -74,8 +74,8 @@ def running_demo(folder: Path, *arguments: str, **environment: str) -> Iterator[
             env=variables,
             stdout=output,
             stderr=subprocess.STDOUT,
-            # pytest may have been started with SIGINT ignored, as shells do it for what runs in the background.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            # pytest may have been started with them ignored, as shells and nohup do it.
+            preexec_fn=_heed_signals,
         )
     demo = Demo(process, f"http://127.0.0.1:{port}", folder, log)
     try:
@@ -84,6 +84,11 @@ def running_demo(folder: Path, *arguments: str, **environment: str) -> Iterator[
     finally:
         process.kill()
         process.wait()
+
+
+def _heed_signals() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _wait_until_ready(demo: Demo) -> None:

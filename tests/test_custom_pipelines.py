@@ -13,10 +13,12 @@ from diffusers import DiffusionPipeline
 
 import uplift_diffusers
 from tests import components
+from tests.feature_parts import make_feature_pipeline
 from tests.hub_server import HubServer
 from uplift_diffusers import (
     CFMLatentUpscalePipeline,
     LatentSpace,
+    UPLiFTFeaturePipeline,
     UPLiFTLatentUpscalePipeline,
     UPLiFTSuperResolutionPipeline,
     UPLiFTTextToImagePipeline,
@@ -28,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = {path.stem: path for path in sorted((ROOT / "pipelines").glob("*.py"))}
 CASES = {
     "cfm_latent_upscale": CFMLatentUpscalePipeline,
+    "features": UPLiFTFeaturePipeline,
     "latent_upscale": UPLiFTLatentUpscalePipeline,
     "super_resolution": UPLiFTSuperResolutionPipeline,
     "text_to_image": UPLiFTTextToImagePipeline,
@@ -42,6 +45,8 @@ def make_pipeline(name, folder):
     if name == "text_to_image_xl":
         parts = components.stable_diffusion_xl_components(folder)
         return UPLiFTTextToImageXLPipeline(**parts, upsampler=components.make_upsampler("sdxl-vae"))
+    if name == "features":
+        return make_feature_pipeline()
     vae = components.make_local_vae()
     if name == "cfm_latent_upscale":
         return CFMLatentUpscalePipeline(vae, components.make_flow_unet(LatentSpace.of(vae)), euler_scheduler())
@@ -56,7 +61,7 @@ def saved(tmp_path_factory):
         pipe = make_pipeline(name, folder / "tokenizer")
         pipe.set_progress_bar_config(disable=True)
         pipe.save_pretrained(folder / name)
-        np.save(folder / f"{name}.npy", pipe(**components.arguments_of(name)).images)
+        np.save(folder / f"{name}.npy", pipe(**components.arguments_of(name))[0])
     return folder
 
 
@@ -74,7 +79,7 @@ from tests.components import arguments_of
 torch.set_num_threads(1)
 def difference(pipe, name, expected):
     pipe.set_progress_bar_config(disable=True)
-    return float(np.abs(pipe(**arguments_of(name)).images - np.load(expected)).max())
+    return float(np.abs(pipe(**arguments_of(name))[0] - np.load(expected)).max())
 """
 
 
@@ -87,7 +92,7 @@ def test_a_custom_pipeline_is_the_class_of_the_package(saved, name):
     pipe = DiffusionPipeline.from_pretrained(saved / name, custom_pipeline=str(FILES[name]), trust_remote_code=True)
     assert type(pipe) is CASES[name]
     pipe.set_progress_bar_config(disable=True)
-    images = pipe(**components.arguments_of(name)).images
+    images = pipe(**components.arguments_of(name))[0]
     np.testing.assert_allclose(images, np.load(saved / f"{name}.npy"), rtol=0, atol=1e-4)
 
 

@@ -8,10 +8,10 @@ from PIL import Image
 from safetensors import safe_open
 
 from uplift_diffusers import UPLiFTSuperResolutionPipeline, embedded_bundle
+from uplift_diffusers.evaluation.measure import evaluate, gap_closed
 from uplift_diffusers.evaluation.methods import bicubic, bilinear, pipeline_method, vae_round_trip
 from uplift_diffusers.evaluation.metrics import Metrics
-from uplift_diffusers.evaluation.results import evaluate, gap_closed
-from uplift_diffusers.evaluation.super_resolution import SuperResolution
+from uplift_diffusers.evaluation.protocols import SuperResolution
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

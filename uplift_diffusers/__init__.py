@@ -7,10 +7,12 @@ from uplift_diffusers._version import __version__
 
 if TYPE_CHECKING:
     from uplift_diffusers.embedded import embedded_bundle
+    from uplift_diffusers.feature_space import FeatureBackbone, FeatureSpace
     from uplift_diffusers.latent_space import LatentSpace
     from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
     from uplift_diffusers.models.upsampler import UPLiFTModel
     from uplift_diffusers.pipelines.cfm_latent_upscale import CFMLatentUpscalePipeline
+    from uplift_diffusers.pipelines.features import UPLiFTFeaturePipeline
     from uplift_diffusers.pipelines.latent_upscale import UPLiFTLatentUpscalePipeline
     from uplift_diffusers.pipelines.modular import UPLiFTLatentUpscaleStep
     from uplift_diffusers.pipelines.super_resolution import UPLiFTSuperResolutionPipeline
@@ -20,7 +22,10 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "AutoencoderLocal": "uplift_diffusers.models.autoencoder_local",
     "CFMLatentUpscalePipeline": "uplift_diffusers.pipelines.cfm_latent_upscale",
+    "FeatureBackbone": "uplift_diffusers.feature_space",
+    "FeatureSpace": "uplift_diffusers.feature_space",
     "LatentSpace": "uplift_diffusers.latent_space",
+    "UPLiFTFeaturePipeline": "uplift_diffusers.pipelines.features",
     "UPLiFTLatentUpscalePipeline": "uplift_diffusers.pipelines.latent_upscale",
     "UPLiFTLatentUpscaleStep": "uplift_diffusers.pipelines.modular",
     "UPLiFTModel": "uplift_diffusers.models.upsampler",
@@ -33,7 +38,10 @@ _EXPORTS = {
 __all__ = [
     "AutoencoderLocal",
     "CFMLatentUpscalePipeline",
+    "FeatureBackbone",
+    "FeatureSpace",
     "LatentSpace",
+    "UPLiFTFeaturePipeline",
     "UPLiFTLatentUpscalePipeline",
     "UPLiFTLatentUpscaleStep",
     "UPLiFTModel",

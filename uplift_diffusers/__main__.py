@@ -2,7 +2,7 @@
 
 import sys
 
-from uplift_diffusers.cli import main
+from uplift_diffusers.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

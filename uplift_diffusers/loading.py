@@ -1,27 +1,224 @@
-"""Loading what a person names: a VAE, or a pipeline that enlarges."""
+"""Loading what a person names: a VAE, or a pipeline that enlarges. What is wrong with it is told in one sentence."""
 
+import json
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoModel
+from diffusers import ModelMixin
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 
 from uplift_diffusers.latent_space import Autoencoder
 from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
+from uplift_diffusers.models.upsampler import UPLiFTModel
+from uplift_diffusers.pipelines.super_resolution import UPLiFTSuperResolutionPipeline
+from uplift_diffusers.wording import reason
+
+MAX_CONFIG_NUMBER = 1_000_000
+"""The largest whole number of a network's configuration: beyond it lie damage and attacks, no widths or depths."""
+
+
+class LoadingError(OSError):
+    """What was named cannot be loaded. The message is one sentence that names it and says why."""
+
+
+def load_pipeline(
+    model: str | os.PathLike,
+    *,
+    vae: str | os.PathLike | None = None,
+    latent_space: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> UPLiFTSuperResolutionPipeline:
+    """
+    Load a pipeline that enlarges, from local folders or the hub. Weights are read from safetensors only.
+
+    Args:
+        model: a saved UPLiFTSuperResolutionPipeline, or a UPLiFTModel, which needs `vae` too.
+        vae: a VAE, or a pipeline with a folder `vae`, instead of the model's own.
+        latent_space: the name of the latent space that the VAE belongs to, where its configuration does not say so.
+        dtype: of the weights.
+    Returns:
+        The pipeline, on the CPU.
+    Raises:
+        LoadingError: something of it is missing, damaged, of another kind or out of reach.
+    """
+    index = _read_config(model, "model_index.json")
+    subfolder = None
+    if index is None and vae is None:
+        raise LoadingError(f"{model} is not a pipeline. If it is a UPLiFTModel, name a --vae.")
+    if index is not None:
+        subfolder = "upsampler"
+        for part in ("upsampler",) if vae is not None else ("upsampler", "vae"):
+            _check_part(model, index, part)
+        latent_space = index.get("latent_space") if latent_space is None else latent_space
+    upsampler = _load_upsampler(model, subfolder, dtype)
+    autoencoder = load_vae(model if vae is None else vae, dtype=dtype)
+    try:
+        return UPLiFTSuperResolutionPipeline(vae=autoencoder, upsampler=upsampler, latent_space=latent_space)
+    except (TypeError, ValueError) as error:
+        raise LoadingError(f"{model} cannot be used: {reason(error)}") from error
 
 
 def load_vae(path: str | os.PathLike, *, dtype: torch.dtype = torch.float32) -> Autoencoder:
     """
-    Load a VAE of any class that `LatentSpace` knows, from a local folder or the hub.
+    Load a VAE of any class of diffusers or of this package, from a local folder or the hub.
 
     Args:
         path: a VAE, or a diffusers pipeline, whose folder `vae` is then loaded.
         dtype: of the weights.
     Raises:
-        OSError: there is neither.
+        LoadingError: there is neither, it is damaged, or it is out of reach.
     """
+    config, subfolder = _read_config(path, "config.json"), None
+    if config is None:
+        config, subfolder = _read_config(path, "config.json", "vae"), "vae"
+    if config is None:
+        raise LoadingError(f"{path} must be a VAE or hold one in a folder vae, got neither.")
+    name = config.get("_class_name")
+    kind = AutoencoderLocal if name == AutoencoderLocal.__name__ else None
+    if kind is None and isinstance(name, str) and name.startswith("Autoencoder"):
+        kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
+        raise LoadingError(f"{path} must be a VAE, got the class {name!r}.")
+    return _load_model(kind, path, subfolder, config, dtype)
+
+
+def _load_upsampler(path: str | os.PathLike, subfolder: str | None, dtype: torch.dtype) -> UPLiFTModel:
+    config = _read_config(path, "config.json", subfolder)
+    if config is not None:
+        if config.get("_class_name", UPLiFTModel.__name__) != UPLiFTModel.__name__:
+            raise LoadingError(f"{path} must be a UPLiFTModel, got the class {config['_class_name']!r}.")
+        return _load_model(UPLiFTModel, path, subfolder, config, dtype)
+    if subfolder is not None:
+        raise LoadingError(f"{path} must have a file {subfolder}/config.json, got none.")
+    with _errors_told(path):  # a checkpoint that the authors published, which has no configuration
+        return UPLiFTModel.from_pretrained(path).to(dtype)
+
+
+def _load_model(
+    kind: type[ModelMixin], path: str | os.PathLike, subfolder: str | None, config: dict, dtype: torch.dtype
+) -> Any:
+    place = f"{path}/{subfolder}" if subfolder else f"{path}"
+    if (too_large := _largest_number(config)) > MAX_CONFIG_NUMBER:
+        raise LoadingError(f"{place} cannot be loaded: its configuration has the number {too_large:.6g}.")
+    folder = Path(path, subfolder or "")
+    pickles = [file.name for file in folder.glob("*") if file.suffix in (".bin", ".ckpt", ".pt", ".pth")]
+    if pickles and not any(folder.glob("*.safetensors*")):
+        raise LoadingError(
+            f"{place} has no safetensors, got {pickles[0]}, a pickle, which can run code and is never loaded. "
+            "Save it with safe_serialization=True."
+        )
+    where = {} if subfolder is None else {"subfolder": subfolder}
+    with _errors_told(place):
+        model, told = kind.from_pretrained(path, use_safetensors=True, output_loading_info=True, **where)
+        for keys, fault in (("missing_keys", "lack"), ("unexpected_keys", "have, and the network has not,")):
+            if names := sorted(told[keys]):
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise ValueError(f"its weights {fault} the tensor {names[0]}{more}.")
+        return model.to(dtype)
+
+
+def _read_config(path: str | os.PathLike, name: str, subfolder: str | None = None) -> dict | None:
+    """The JSON object of a file of a folder or repository, None where there is no such file."""
+    if not os.path.exists(path):
+        file = _fetch(path, name, subfolder)
+    elif os.path.isdir(path):
+        file = Path(path, subfolder or "", name)
+    elif Path(path).suffix == ".safetensors":
+        return None
+    else:
+        raise LoadingError(f"{path} must be a folder or a name on the hub, got a file.")
+    if file is None or not file.is_file():
+        return None
     try:
-        config, subfolder = AutoencoderLocal.load_config(path), None
-    except OSError:
-        config, subfolder = AutoencoderLocal.load_config(path, subfolder="vae"), "vae"
-    kind = AutoencoderLocal if config.get("_class_name") == AutoencoderLocal.__name__ else AutoModel
-    return kind.from_pretrained(path, subfolder=subfolder, dtype=dtype)
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise LoadingError(f"{path} cannot be loaded: its {name} is damaged ({reason(error).rstrip('.')}).") from error
+    if not isinstance(content, dict):
+        raise LoadingError(f"{path} cannot be loaded: its {name} must hold an object, got {type(content).__name__}.")
+    return content
+
+
+def _fetch(repository: str | os.PathLike, name: str, subfolder: str | None) -> Path | None:
+    """A file of a repository, downloaded if need be; None where the repository has none of that name."""
+    if str(repository).count("/") != 1:
+        raise LoadingError(f"{repository} must be a folder or a name on the hub (owner/name), got neither.")
+    try:
+        return Path(hf_hub_download(str(repository), name, subfolder=subfolder))
+    except Exception as error:
+        if isinstance(error, LocalEntryNotFoundError):  # offline: what the cache holds may know that there is none
+            known = try_to_load_from_cache(str(repository), f"{subfolder}/{name}" if subfolder else name)
+            if known is not None and not isinstance(known, str):
+                return None
+        elif isinstance(error, EntryNotFoundError):
+            return None
+        raise LoadingError(f"{repository} cannot be loaded: {_why(error)}") from error
+
+
+@contextmanager
+def _errors_told(place: str | os.PathLike) -> Iterator[None]:
+    """Within the block whatever is raised becomes a LoadingError, and diffusers' logger says nothing."""
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except Exception as error:  # what a loader raises depends on the damage
+        raise LoadingError(f"{place} cannot be loaded: {_why(error)}") from error
+    finally:
+        logger.setLevel(level)
+
+
+def _why(error: BaseException) -> str:
+    """One sentence, by the first in the chain of causes that says what a person can do about it."""
+    for cause in _causes(error):
+        if isinstance(cause, GatedRepoError):
+            return "the hub asks for a login that has access to it."
+        if isinstance(cause, RepositoryNotFoundError):
+            return f"it is no folder here, and {constants.ENDPOINT} has no such repository that you may read."
+        if isinstance(cause, HFValidationError):
+            return "it is neither a folder here nor a name on the hub (owner/name)."
+        if isinstance(cause, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
+            if constants.HF_HUB_OFFLINE:
+                return "it is no folder here, is not in the cache, and HF_HUB_OFFLINE forbids to ask the hub."
+            return f"it is no folder here, is not in the cache, and {constants.ENDPOINT} cannot be reached."
+    return reason(error)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _check_part(path: str | os.PathLike, index: dict, part: str) -> None:
+    """Raise LoadingError unless the index of a pipeline names a class for `part`."""
+    if part not in index:
+        kind = index.get("_class_name")
+        raise LoadingError(f"{path} must be a UPLiFTSuperResolutionPipeline, got a {kind} without {part}.")
+    entry = index[part]
+    if entry == [None, None]:
+        raise LoadingError(f"{path} was saved without its {part}. Name a --{part}.")
+    if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(name, str) for name in entry)):
+        raise LoadingError(f"{path} cannot be loaded: {part} in its model_index.json must be two names, got {entry}.")
+
+
+def _largest_number(config: object) -> float:
+    if isinstance(config, dict):
+        config = list(config.values())
+    if isinstance(config, list):
+        return max(map(_largest_number, config), default=0)
+    return abs(config) if isinstance(config, int) else 0

@@ -18,16 +18,63 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 
+MAX_SEED = 2**63 - 1
+"""The largest seed of a torch.Generator that every place here takes."""
+
 
 def process_share() -> tuple[int, int]:
-    """The index of this process, and how many `accelerate launch` or `torchrun` started: 0 and 1 without them."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """
+    The index of this process, and how many `accelerate launch` or `torchrun` started: 0 and 1 without them.
+
+    Raises:
+        ValueError: the environment is not one that they make, so that the processes could not find each other.
+    """
+    count = _number_in_environment("WORLD_SIZE", default=1, least=1)
+    index = _number_in_environment("RANK", default=0, least=0)
+    if index >= count:
+        raise ValueError(f"RANK must be below WORLD_SIZE, which is {count}, got {index}. Unset both.")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if count > 1 and missing:
+        raise ValueError(
+            f"WORLD_SIZE must come with {' and '.join(missing)}, got {count} without. "
+            "Start with `accelerate launch`, or unset it."
+        )
+    return index, count
 
 
 def local_device_index() -> int | None:
-    """Which accelerator of its machine this process takes; None for a process that was started by itself."""
-    index = os.environ.get("LOCAL_RANK")
-    return None if index is None else int(index)
+    """
+    Which accelerator of its machine this process takes; None for a process that was started by itself.
+
+    Raises:
+        ValueError: LOCAL_RANK is no whole number.
+    """
+    return _number_in_environment("LOCAL_RANK", default=0, least=0) if "LOCAL_RANK" in os.environ else None
+
+
+def choose_device(name: str = "auto") -> "torch.device":
+    """
+    The device of that name, once something was computed there.
+
+    Args:
+        name: auto (cuda, else mps, else cpu; under a launcher the accelerator of this process), cpu, cuda:1, ...
+    Raises:
+        ValueError: there is no such device here.
+    """
+    import torch
+
+    wanted = name
+    if name == "auto":
+        index = local_device_index()
+        cuda = "cuda" if index is None else f"cuda:{index}"
+        available = ((cuda, torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
+        wanted = next((kind for kind, is_there in available if is_there), "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.zeros(1, device=device).item()  # "meta" is a device, but nothing can be computed there
+    except Exception as error:  # what is raised for a device that is not there depends on its backend
+        raise ValueError(f"`device` must be auto, cpu or a device that PyTorch finds here, got {name!r}.") from error
+    return device
 
 
 def sum_over_processes(*numbers: int) -> list[int]:
@@ -78,3 +125,10 @@ def _cpu_info(name: str) -> str:
     """The first entry `name` of Linux' description of the processor; empty elsewhere."""
     lines = CPU_INFO.read_text().splitlines() if CPU_INFO.is_file() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == name), "")
+
+
+def _number_in_environment(name: str, *, default: int, least: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {text!r}. Unset it.")
+    return int(text)

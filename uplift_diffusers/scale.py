@@ -1,6 +1,7 @@
-"""The scale of an upscaling: what is allowed, and the 2x steps it takes."""
+"""The scale of an upscaling: what is allowed, the 2x steps it takes, and the scale that reaches a wanted size."""
 
 import math
+from numbers import Integral, Real
 
 from uplift_diffusers.arguments import read_number
 
@@ -37,4 +38,97 @@ def num_steps_for_scale(scale: float, *, latent_output: bool = False) -> int:
 
 def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
     """(height, width) times `scale`, each rounded to the nearest whole pixel and at least 1."""
+    scale = float(scale)  # a float32 would round large sizes
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def resolve_scale(
+    size: tuple[int, int],
+    *,
+    scale: float | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    megapixels: float | None = None,
+    long_side: int | None = None,
+) -> float:
+    """
+    The scale that makes an image as large as is asked for, in one of four ways.
+
+    Args:
+        size: (height, width) in pixels of the image.
+        scale: from 1 to 16, returned as it is.
+        width, height: pixels of the output. `scaled_size` then gives exactly that width or that height; with both,
+            the largest size of the image's shape that fits into them.
+        megapixels: millions of pixels of the output, met up to the rounding of its edges.
+        long_side: pixels of the output's longer edge, met exactly.
+    Returns:
+        From 1 to 16.
+    Raises:
+        TypeError: a value is no number, or no whole one where pixels are meant.
+        ValueError: none or several of the four ways are given, or the scale would be below 1 or above 16.
+    """
+    ways = {"scale": scale, "megapixels": megapixels, "long_side": long_side}
+    given = [name for name, value in ways.items() if value is not None]
+    given += ["width/height"] if width is not None or height is not None else []
+    if len(given) != 1:
+        raise ValueError(
+            "Exactly one of `scale`, `width` and `height`, `megapixels` or `long_side` must be given, "
+            f"got {', '.join(given) or 'none'}."
+        )
+    if scale is not None:
+        return read_scale(scale)
+    if megapixels is not None:
+        _check_above_zero("megapixels", megapixels, Real)
+        return _in_range(math.sqrt(megapixels * 1e6 / (size[0] * size[1])), size, f"{megapixels:g} megapixels")
+    if long_side is not None:
+        _check_above_zero("long_side", long_side, Integral)
+        return _in_range(long_side / max(size), size, f"a long side of {long_side} pixels")
+    for name, value in (("width", width), ("height", height)):
+        if value is not None:
+            _check_above_zero(name, value, Integral)
+    scales = ([] if height is None else [height / size[0]]) + ([] if width is None else [width / size[1]])
+    wanted = " and ".join(f"a {name} of {value}" for name, value in (("width", width), ("height", height)) if value)
+    return _in_range(min(scales), size, f"{wanted} pixels")
+
+
+def check_output_size(
+    size: tuple[int, int], scale: float, *, max_pixels: int, max_edge: int | None = None, kind: str = "file"
+) -> None:
+    """
+    Refuse an output that would be too large, before any work.
+
+    Args:
+        size: (height, width) in pixels of the image.
+        scale: from 1 to 16.
+        max_pixels: of the picture that is made, which has the next power of two of the scale and is then reduced.
+        max_edge: pixels of the longest edge that the output's format holds, None for any.
+        kind: what has the edge, for the sentence.
+    Raises:
+        ValueError: it would be larger.
+    """
+    num_steps = num_steps_for_scale(scale)
+    height, width = (edge * 2**num_steps for edge in size)
+    if num_steps and width * height > max_pixels:
+        raise ValueError(
+            f"{size[1]} x {size[0]} pixels would be enlarged to {width} x {height}, "
+            f"more than the limit of {max_pixels / 1e6:g} megapixels."
+        )
+    height, width = scaled_size(size, scale)
+    if max_edge is not None and max(width, height) > max_edge:
+        raise ValueError(f"the output of {width} x {height} pixels has an edge over the {max_edge} of a {kind}.")
+
+
+def _check_above_zero(name: str, value: float, kind: type) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        what = "a whole number" if kind is Integral else "a number"
+        raise TypeError(f"`{name}` must be {what}, got {type(value).__name__}.")
+    if not 0 < value < math.inf:
+        raise ValueError(f"`{name}` must be above 0, got {value}.")
+
+
+def _in_range(scale: float, size: tuple[int, int], wanted: str) -> float:
+    scale = next((limit for limit in (1.0, float(MAX_SCALE)) if math.isclose(scale, limit, rel_tol=1e-12)), scale)
+    if not 1 <= scale <= MAX_SCALE:
+        rule = "less than it has" if scale < 1 else f"more than {MAX_SCALE} times as large"
+        raise ValueError(f"{wanted} are asked for of an image of {size[1]} x {size[0]} pixels, which is {rule}.")
+    return scale

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from uplift_diffusers.cli import main
+from uplift_diffusers.cli.main import main
 from uplift_diffusers.data import unsplash
 from uplift_diffusers.data.unsplash import Failed, ImageDownloader, Photo, fetch_photos, parse_retry_after, read_photos
 

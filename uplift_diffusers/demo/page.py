@@ -1,20 +1,27 @@
-"""The Gradio page: its look, its tabs, its queue."""
+"""The Gradio page: its look, its tabs, and a sentence for whatever it cannot answer."""
 
+import inspect
+import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
+from gradio.blocks import BlockFunction
 
-from uplift_diffusers.demo.compare_tab import compare_tab
-from uplift_diffusers.demo.create_tab import create_tab
-from uplift_diffusers.demo.enlarge_tab import enlarge_tab
-from uplift_diffusers.demo.models import Models
-from uplift_diffusers.demo.parts import Limits
-from uplift_diffusers.demo.text_to_image import Source
-from uplift_diffusers.demo.workshop import Workshop
+from uplift_diffusers.demo.jobs import BusyError, JobQueue, StoppedError
+from uplift_diffusers.demo.tabs import Limits, compare_tab, create_tab, enlarge_tab
+from uplift_diffusers.demo.weights import Models, Source
+from uplift_diffusers.wording import printable, reason
 
-QUEUE_SIZE = 32
-"""Requests that may wait; further ones are told so."""
+log = logging.getLogger("uplift_diffusers.demo")
+
+EXPECTED = (ValueError, TypeError, OSError, RuntimeError, MemoryError, BusyError)
+"""What is raised for something that a visitor can put right, or has to know; other errors are bugs."""
+
+MAX_REQUESTS = 200
+"""Requests that may be under way; further ones are told so. How many jobs may wait is for `JobQueue` to say."""
 
 FILES_KEPT_S = 3600
 """Seconds after which uploads and results are deleted."""
@@ -70,23 +77,82 @@ PASTE = """
 """
 
 
-def build(
-    *, workshop: Workshop, models: Models, source: Source, limits: Limits, examples: Sequence[Path]
-) -> gr.Blocks:
-    """The page. What it does is done in `workshop`, with `models`."""
-    with gr.Blocks(title="uplift-diffusers", analytics_enabled=False, delete_cache=(60, FILES_KEPT_S)) as page:
+class Page(gr.Blocks):
+    """Blocks whose every error reaches visitors and programs as a sentence, and the log with its trace."""
+
+    async def process_api(self, *args, **kwargs) -> dict[str, Any]:
+        try:
+            return await super().process_api(*args, **kwargs)
+        except gr.Error:
+            raise
+        except StoppedError:
+            raise _refusal("Stopped.") from None
+        except EXPECTED as error:
+            log.exception("A request failed")
+            raise _refusal(reason(error)) from error
+        except Exception as error:
+            log.exception("A request failed, which is a bug")
+            raise _refusal("This went wrong in the server; its log says more.") from error
+
+    async def preprocess_data(self, block_fn: BlockFunction, inputs: list, *args, **kwargs) -> list:
+        if not isinstance(inputs, list) or len(inputs) != len(block_fn.inputs):
+            count = len(inputs) if isinstance(inputs, list) else 0
+            raise _refusal(f"{len(block_fn.inputs)} values are needed, got {count}.")
+        names = list(inspect.signature(block_fn.fn).parameters) if block_fn.fn else []
+        for name, component, value in zip(names, block_fn.inputs, inputs):
+            if (rule := _broken_rule(component, value)) is not None:
+                raise _refusal(f"`{name}` must be {rule}, got {value!r:.60}.")
+        try:
+            return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
+        except gr.Error:
+            raise
+        except Exception as error:  # of Gradio's own checks, as of files that nobody uploaded
+            log.exception("A request was refused")
+            raise _refusal(
+                "Files must be uploaded to this server, and other values be as its API describes."
+            ) from error
+
+
+def build(*, jobs: JobQueue, models: Models, source: Source, limits: Limits, examples: Sequence[Path]) -> gr.Blocks:
+    """The page. What it does is done in `jobs`, with `models`."""
+    with Page(title="uplift-diffusers", analytics_enabled=False, delete_cache=(60, FILES_KEPT_S)) as page:
         gr.Markdown("# uplift-diffusers\nMake pictures larger in latent space.")
         with gr.Tabs():
             with gr.Tab("Enlarge"):
-                enlarge_tab(workshop, models, limits, examples)
+                enlarge_tab(jobs, models, limits, examples)
             with gr.Tab("Create") as tab:
-                create_tab(tab, workshop, models, source, limits)
+                create_tab(tab, jobs, models, source, limits)
             with gr.Tab("Compare"):
-                compare_tab(workshop, models, limits, examples)
+                compare_tab(jobs, models, limits, examples)
 
         def leave(request: gr.Request):
-            workshop.leave(request.session_hash)
+            jobs.leave(request.session_hash)
 
         page.unload(leave)
         page.load(None, js=PASTE)
-    return page.queue(max_size=QUEUE_SIZE)
+    return page.queue(max_size=MAX_REQUESTS)
+
+
+def _refusal(sentence: str) -> gr.Error:
+    # The page shows it as HTML and programs as text, so it has nothing that would differ between them.
+    sentence = printable(sentence).replace("<", "‹").replace(">", "›")
+    return gr.Error(sentence[:1].upper() + sentence[1:], print_exception=False)
+
+
+def _broken_rule(component: gr.components.Component, value: object) -> str | None:
+    """What a value of `component` has to be, if `value` is not that."""
+    if isinstance(component, gr.Slider):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        fits = is_number and component.minimum <= value <= component.maximum
+        return None if fits else f"a number from {component.minimum:g} to {component.maximum:g}"
+    if isinstance(component, gr.Radio | gr.Dropdown):
+        choices = [choice for _, choice in component.choices]
+        fits = any(type(value) is type(choice) and value == choice for choice in choices)
+        return None if fits else f"one of {', '.join(map(str, choices))}"
+    if isinstance(component, gr.Textbox):
+        return None if isinstance(value, str) else "text"
+    if isinstance(component, gr.File):
+        files = value if component.file_count == "multiple" and isinstance(value, list) else [value]
+        is_file = all(isinstance(file, dict) and isinstance(file.get("path"), str) for file in files)
+        return None if value is None or is_file else "an uploaded file"
+    return None

@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 from gradio.data_classes import FileData
 
-from uplift_diffusers.demo.pictures import Pane
+from uplift_diffusers.demo.work import Pane
 
 _API = {"type": "object", "description": "panes: list of {image: file, label, width, height}, the original first"}
 

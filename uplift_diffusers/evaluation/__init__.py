@@ -1,8 +1,7 @@
 """
 Measurement of upscalers.
 
-`super_resolution` and `text_to_image` say what is enlarged, `methods` what enlarges (`selection` finds them by name or
-path), `metrics` what is measured on one output, `cost` what an output costs. `evaluate` brings them together and keeps
-each measurement in a file (`records`, named by `digests`); `results` computes the figures from these (`statistics`);
-`report` and `plots` write them down. `command` and `cli` are the command line.
+`protocols` say what is enlarged, `methods` what enlarges, `metrics` what is measured on one output, and `cost` what
+an output costs. `measure` brings them together, keeps each measurement in a file (`records`) and computes the figures
+from these (`statistics`); `report` writes them down. `evaluate` is the command.
 """

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from uplift_diffusers.evaluation.methods import Method, Sample
+from uplift_diffusers.evaluation.methods import Method
+from uplift_diffusers.evaluation.protocols import Sample
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,10 @@ class Cost:
     Args:
         edge: pixels of the output's edge.
         seconds: from the small image or latents to the large image.
-        encode, decode: seconds of it that the VAE took to encode and to decode.
-        upsample: the rest, which is the method itself.
-        peak_bytes: the most memory that a call took beyond what was in use before it, weights included in the latter;
-            None where the system does not tell.
+        encode, decode: seconds of these inside the VAE's `encode` and `decode`.
+        upsample: the remaining seconds, which are the method's own.
+        peak_bytes: the most memory that a call took beyond what was in use before it, such as the weights; None where
+            the system does not say.
     """
 
     edge: int
@@ -37,10 +38,10 @@ class Cost:
 
 def measure_cost(method: Method, sample: Sample, *, repeats: int, device: torch.device) -> Cost:
     """
-    Call a method once to warm up and `repeats` times to measure.
+    Call a method once to warm up, once for its memory, and `repeats` times to measure.
 
-    The VAEs' `encode` and `decode` are timed by standing in front of them, so any pipeline that calls its VAE is
-    taken apart alike, and what decodes latents to an image first has decoded, too.
+    The VAEs' `encode`, `decode` and `decode_strips` are replaced by timed ones during the calls, so the stages of any
+    pipeline that calls its VAE are told apart. Decoding latents to an image first counts as decoding.
     """
     calls = []
     with _stopwatch(method.vaes, device) as stages:
@@ -50,7 +51,8 @@ def measure_cost(method: Method, sample: Sample, *, repeats: int, device: torch.
             stages.update(encode=0.0, decode=0.0)
             seconds = _seconds_of(lambda: method(sample), device)
             calls.append((seconds, stages["encode"], seconds - sum(stages.values()), stages["decode"]))
-    return Cost(sample.size[0], *(statistics.median(column) for column in zip(*calls, strict=True)), peak)
+    seconds, encode, upsample, decode = (statistics.median(column) for column in zip(*calls, strict=True))
+    return Cost(sample.size[0], seconds, encode, upsample, decode, peak)
 
 
 @contextmanager
@@ -66,13 +68,27 @@ def _stopwatch(vaes: list[torch.nn.Module], device: torch.device) -> Iterator[di
 
         return call
 
-    places = [(vae, name) for vae in vaes for name in stages]
-    for vae, name in places:
-        setattr(vae, name, timed(name, getattr(vae, name)))  # on the instance, in front of its class's method
+    def timed_strips(function: Callable) -> Callable:
+        def call(*args, **kwargs):
+            strips = function(*args, **kwargs)
+            advance = timed("decode", lambda: next(strips, None))
+            while (strip := advance()) is not None:
+                yield strip
+
+        return call
+
+    replaced = []
+    for vae in vaes:
+        for name in ("encode", "decode", "decode_strips"):
+            if hasattr(vae, name):
+                function = getattr(vae, name)
+                # On the instance, in front of its class's method.
+                setattr(vae, name, timed_strips(function) if name == "decode_strips" else timed(name, function))
+                replaced.append((vae, name))
     try:
         yield stages
     finally:
-        for vae, name in places:
+        for vae, name in replaced:
             delattr(vae, name)
 
 
@@ -105,7 +121,7 @@ def _peak_of(call: Callable[[], object], device: torch.device) -> int | None:
 
 
 def _reset_peak_memory() -> bool:
-    """Give freed memory back to the system and let the kernel count the peak anew; whether that can be done here."""
+    """Give freed memory back to the system and reset the kernel's record of the peak. False where that fails."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")

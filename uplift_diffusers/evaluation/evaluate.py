@@ -1,127 +1,436 @@
-"""The measurement itself: every image of a protocol through every method, once."""
+"""
+The command that measures upscalers: `eval_generative.py` and `uplift-diffusers evaluate`.
 
-from collections.abc import Sequence
+`main` reads the command line, `_prepare` checks everything and loads, `run` measures and writes the report.
+"""
+
+import argparse
+import importlib.util
+import shlex
+import sys
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from tqdm.auto import tqdm
+from uplift_diffusers.embedded import embedded_bundle
 
-from uplift_diffusers.evaluation.cost import Cost, measure_cost
-from uplift_diffusers.evaluation.digests import digest_code, versions
-from uplift_diffusers.evaluation.methods import Method
-from uplift_diffusers.evaluation.metrics import Metrics
-from uplift_diffusers.evaluation.real_images import Item
-from uplift_diffusers.evaluation.records import Entry, Record, RecordStore
-from uplift_diffusers.evaluation.super_resolution import SuperResolution
-from uplift_diffusers.evaluation.text_to_image import TextToImage
+# Imported where it is needed: --help has to answer at once, and without what the extra installs.
+if TYPE_CHECKING:
+    import torch
+    from accelerate import PartialState
+    from diffusers import DiffusionPipeline
 
-Protocol = SuperResolution | TextToImage
+    from uplift_diffusers.evaluation.measure import Evaluation, Protocol
 
-LEAST_IMAGES = {"fid": 2, "patch_fid": 2, "kid": 4}
-"""On each side: a covariance needs two, KID two disjoint subsets of two."""
+DTYPES = ("float32", "bfloat16", "float16")
+
+EXTRA_PACKAGES = ("accelerate", "matplotlib", "torch_fidelity", "torchmetrics", "torchvision")
+"""What the extra `eval` installs and is imported here."""
+
+_EPILOG = """\
+Methods (--methods NAME or NAME=PATH or NAME=PATH:OPTION=VALUE,OPTION=VALUE):
+  bicubic    interpolates the pixels
+  bilinear   interpolates the latents and decodes them
+  uplift     the pipeline of --model
+  vae        encodes and decodes the photograph itself: the ceiling of what goes through the VAE
+  NAME=PATH  a directory or hub id of any saved pipeline that takes an image, of an UPLiFTModel (a LiFT is one), or of
+             the U-Net of train_latent.py --method cfm; options are arguments of its call. Or a folder of images that
+             other software has made: PATH/2x/ has one for each photograph, of its name and place and of the crop's
+             size. With one scale they may lie in PATH itself.
+
+Examples:
+  {prog} --data_dir photos/val
+  {prog} --data_dir photos/val --jpeg_quality 75 --methods bicubic uplift span=outputs/span
+  {prog} --data_dir photos/val --inception_weights inception.safetensors --output_dir report \\
+      --methods bicubic bilinear lift=runs/lift cfm20=runs/cfm:num_inference_steps=20 uplift vae
+  {prog} --prompts captions_val2017.json --real_images val2017 --limit 5000 --scales 2 \\
+      --stable_diffusion stable-diffusion-v1-5/stable-diffusion-v1-5 --model runs/uplift \\
+      --inception_weights inception.safetensors --output_dir report
+  accelerate launch --multi_gpu --num_processes 4 eval_generative.py ... --output_dir report
+
+The same command continues where it was stopped: what lies in OUTPUT_DIR/records is not measured again.
+"""
+
+_OF_PROMPTS = ("stable_diffusion", "real_images", "num_inference_steps", "guidance_scale")
+_WITHOUT_EFFECT = {
+    "data_dir": (*_OF_PROMPTS, "image_column"),
+    "dataset_name": _OF_PROMPTS,
+    "prompts": ("image_column", "crop", "jpeg_quality", "allow_greyscale"),
+}
+"""By the source of what is enlarged, the options that are for other sources."""
 
 
-class Evaluation:
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """The options of the command line, which documents them, and the line itself."""
+
+    command: str
+    data_dir: str | None = None
+    dataset_name: str | None = None
+    prompts: str | None = None
+    model: str
+    methods: list[str] | None
+    scales: list[int]
+    limit: int | None
+    seed: int
+    output_dir: Path | None
+    fresh: bool
+    device: str
+    dtype: str
+    trust_remote_code: bool
+    image_column: str = "image"
+    crop: int = 512
+    jpeg_quality: int | None = None
+    allow_greyscale: bool = False
+    stable_diffusion: str | None = None
+    real_images: str | None = None
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    metrics: list[str] | None
+    inception_weights: str | None
+    patch_size: int | None
+    patches: int
+    latency_repeats: int
+    latency_sizes: list[int] | None
+
+    @property
+    def of_photographs(self) -> bool:
+        return self.prompts is None
+
+
+def main(arguments: list[str] | None = None, *, program: str = "uplift-diffusers evaluate") -> int:
     """
-    A protocol, methods and metrics, and the folder where the measurements are kept.
-
-    Every measurement of one output is a file, written whole and named after all that it depends on. So a run that
-    was killed goes on where it was, processes share the items without talking to each other, and the figures are
-    computed from the files in the order of the items, whoever has written them: bit by bit the same.
+    Run the command.
 
     Args:
-        protocol: what is enlarged.
-        methods: what enlarges.
-        metrics: what is measured.
-        folder: of the records.
-        device: where the methods' networks are.
-    Raises:
-        ValueError: too few images for the metrics, or too small ones, or no features where the metrics need them.
+        arguments: without the program's name; by default those of the process.
+        program: what help, errors and the report call the command.
+    Returns:
+        The exit code: 0; 1, with one line on stderr, for what a person can put right; 2 for a mistyped option; 130
+        when interrupted.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        options = vars(_build_parser(program).parse_args(arguments))
+    except SystemExit as stop:  # after --help and errors in the arguments
+        return stop.code if isinstance(stop.code, int) else 0
+    try:
+        _check_installed()
+        _check_options(options)
+        run(EvaluationOptions(**options, command=f"{program} {shlex.join(arguments)}"))
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print("Out of memory. Name smaller crops (--crop), another --dtype or other --methods.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted. What was measured in --output_dir is kept for the next run.", file=sys.stderr)
+        return 130
+    return 0
 
-    def __init__(
-        self,
-        protocol: Protocol,
-        methods: Sequence[Method],
-        metrics: Metrics,
-        folder: str | Path,
-        *,
-        device: torch.device | str = "cpu",
+
+def run(options: EvaluationOptions) -> None:
+    """
+    Measure, in as many processes as were launched, print the tables and write the report.
+
+    Raises:
+        OSError, ValueError, TypeError: sentences on what a person can put right.
+    """
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    from uplift_diffusers.evaluation.measure import compute_results
+    from uplift_diffusers.evaluation.report import describe_run, report_markdown, write_report
+    from uplift_diffusers.runtime import PATIENCE
+    from uplift_diffusers.saving import make_writable_folder
+
+    # Where there are only CPUs, accelerate finds the other processes only if it is told so.
+    on_cpu = options.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=on_cpu or not torch.accelerator.is_available(), timeout=PATIENCE)
+    if options.output_dir is None and state.num_processes > 1:
+        raise ValueError("`output_dir` must be given for several processes, which meet there.")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.output_dir or Path(temporary)
+        make_writable_folder(folder)
+        evaluation = _prepare(options, folder, state)
+        evaluation.run(rank=state.process_index, world_size=state.num_processes)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            costs = None
+            if options.latency_repeats:
+                edges = {scale: _edges_to_time(options, evaluation.protocol, scale) for scale in options.scales}
+                costs = evaluation.measure_costs(edges=edges, repeats=options.latency_repeats)
+            results = compute_results(evaluation, seed=options.seed, costs=costs)
+            description = describe_run(
+                evaluation,
+                command=options.command,
+                seed=options.seed,
+                processes=state.num_processes,
+                dtype=options.dtype,
+            )
+            print(report_markdown(results, description))
+            if options.output_dir is not None:
+                write_report(evaluation, results, description, folder)
+    state.destroy_process_group()
+
+
+def _prepare(options: EvaluationOptions, folder: Path, state: "PartialState") -> "Evaluation":
+    """Check everything, what is cheap first, and load."""
+    import torch
+
+    from uplift_diffusers.evaluation.measure import Evaluation
+    from uplift_diffusers.evaluation.methods import make_methods, parse_methods
+    from uplift_diffusers.evaluation.metrics import IMAGE_METRICS, SET_METRICS, Metrics, load_inception, load_lpips
+    from uplift_diffusers.evaluation.records import RecordStore
+
+    default_methods = ["bicubic", "bilinear", "uplift", *["vae"] * options.of_photographs]
+    specs = parse_methods(options.methods or default_methods)
+    without_truth = {*(options.metrics or [])} & {*IMAGE_METRICS}
+    if without_truth and not options.of_photographs:
+        raise ValueError(
+            f"`metrics` must be of {', '.join(SET_METRICS)} for prompts, got {min(without_truth)!r}, which compares "
+            "with a photograph."
+        )
+    device, dtype = choose_device(options.device, state), getattr(torch, options.dtype)
+    notes = []
+    if options.of_photographs:
+        protocol, pipeline = _prepare_photographs(options, device, dtype)
+    else:
+        protocol, pipeline = _prepare_prompts(options, folder, device, dtype)
+    for scale in options.scales:
+        _edges_to_time(options, protocol, scale)
+    names = options.metrics
+    if names is None:
+        names, note = default_metrics(protocol, inception_weights=options.inception_weights)
+        notes.append(note)
+    metrics = Metrics(
+        names=tuple(names),
+        inception=load_inception(options.inception_weights).to(device) if {*SET_METRICS} & {*names} else None,
+        lpips=load_lpips().to(device) if "lpips" in names else None,
+        patch_size=options.patch_size or protocol.output_edge(min(options.scales)) // 2,
+        patches=options.patches,
+        seed=options.seed,
+    )
+    methods = make_methods(
+        specs,
+        pipeline=pipeline,
+        seed=options.seed,
+        samples=protocol.outline(),
+        of_latents=not protocol.paired,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=options.trust_remote_code,
+    )
+    for note in filter(None, [*notes, *(method.note for method in methods)]):
+        if state.is_main_process:
+            print(note, file=sys.stderr)
+    return Evaluation(protocol, methods, metrics, RecordStore(folder / "records", fresh=options.fresh), device=device)
+
+
+def _prepare_photographs(
+    options: EvaluationOptions, device: "torch.device", dtype: "torch.dtype"
+) -> tuple["Protocol", "DiffusionPipeline"]:
+    """The protocol, and the pipeline of the method uplift."""
+    from uplift_diffusers.evaluation.methods import check_model, load_pipeline
+    from uplift_diffusers.evaluation.protocols import PhotographFiles, SuperResolution
+
+    photographs = PhotographFiles(
+        options.data_dir, dataset_name=options.dataset_name, image_column=options.image_column, limit=options.limit
+    )
+    pipeline = load_pipeline(options.model, vae=None, dtype=dtype, trust_remote_code=options.trust_remote_code)
+    check_model(pipeline)
+    protocol = SuperResolution(
+        photographs,
+        scales=tuple(options.scales),
+        crop=options.crop,
+        multiple=pipeline.latent_space.spatial_factor,
+        jpeg_quality=options.jpeg_quality,
+        allow_greyscale=options.allow_greyscale,
+    )
+    return protocol, pipeline.to(device)
+
+
+def _prepare_prompts(
+    options: EvaluationOptions, folder: Path, device: "torch.device", dtype: "torch.dtype"
+) -> tuple["Protocol", "DiffusionPipeline"]:
+    """The protocol, and the pipeline of the method uplift for the protocol's latents."""
+    from uplift_diffusers.evaluation.methods import check_model, for_latents, load_pipeline
+    from uplift_diffusers.evaluation.protocols import TextToImage, read_prompts
+    from uplift_diffusers.evaluation.records import RecordStore
+
+    loading = {"dtype": dtype, "trust_remote_code": options.trust_remote_code}
+    prompts = read_prompts(options.prompts, limit=options.limit)
+    for name in ("stable_diffusion", "real_images"):
+        if getattr(options, name) is None:
+            raise ValueError(f"`{name}` must be given with --prompts, got nothing.")
+    protocol = TextToImage(
+        prompts,
+        pipeline=load_pipeline(options.stable_diffusion, vae=None, **loading).to(device),
+        store=RecordStore(folder, fresh=options.fresh),
+        real_images=options.real_images,
+        scales=tuple(options.scales),
+        seed=options.seed,
+        num_inference_steps=options.num_inference_steps,
+        guidance_scale=options.guidance_scale,
+    )
+    pipeline = load_pipeline(options.model, vae=protocol.pipeline.vae, latent_space=protocol.space.name, **loading)
+    check_model(pipeline)
+    return protocol, for_latents(pipeline, protocol.space).to(device)
+
+
+def choose_device(name: str, state: "PartialState") -> "torch.device":
+    """
+    The device of this process.
+
+    Args:
+        name: auto, cpu, cuda, mps, or a device with a number, such as cuda:1.
+        state: of the processes; its device is the one of `auto`.
+    Raises:
+        ValueError: PyTorch does not find the device, or several processes would share one accelerator.
+    """
+    import torch
+
+    if name == "auto":
+        return state.device
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # "meta" is a device, but nothing can be computed there
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"`device` must be auto, cpu or a device that PyTorch finds here, got {name!r}.") from error
+    if device.index is None and device.type == state.device.type:
+        return state.device
+    if device.type != "cpu" and state.num_processes > 1:
+        raise ValueError(f"`device` must be auto for several processes, which take a device each, got {name!r}.")
+    return device
+
+
+def default_metrics(protocol: "Protocol", *, inception_weights: str | None) -> tuple[tuple[str, ...], str]:
+    """The metrics that are measured where none are named, and a sentence on those that are left out."""
+    from uplift_diffusers.evaluation.metrics import HOW_TO_GET_WEIGHTS, SET_METRICS
+
+    if not protocol.paired:
+        statistics = protocol.statistics
+        if statistics is None or statistics.serves("kid"):
+            return ("fid", "kid"), ""
+        return ("fid",), "KID is left out: the real images' statistics have no features."
+    plain = ("psnr", "ssim", "color_shift")
+    if inception_weights:
+        return (*SET_METRICS, *plain), ""
+    return plain, f"FID, patch-FID and KID are left out. {HOW_TO_GET_WEIGHTS}"
+
+
+def _edges_to_time(options: EvaluationOptions, protocol: "Protocol", scale: int) -> list[int]:
+    """Edges of outputs to time, in pixels, including that of the outputs measured."""
+    whole, multiple = protocol.output_edge(scale), scale * protocol.multiple
+    for edge in options.latency_sizes or []:
+        if edge % multiple:
+            raise ValueError(f"`latency_sizes` must be multiples of {multiple} for {scale}x, got {edge}.")
+    fractions = [edge for edge in (whole // 4, whole // 2) if edge and edge % multiple == 0]
+    return sorted({*(options.latency_sizes or fractions), whole})
+
+
+def _build_parser(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Measure upscalers on photographs, reduced and enlarged again, or on what Stable Diffusion makes.",
+        epilog=_EPILOG.format(prog=program),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    for name, description in (
+        ("--data_dir", "super-resolution: folder of photographs, or .tar shards"),
+        ("--dataset_name", "super-resolution: dataset on the hub, or a folder of one"),
+        ("--prompts", "text to image: COCO captions (.json), or a text file, one a line"),
     ):
-        self.protocol, self.methods, self.metrics = protocol, list(methods), metrics
-        self.store, self.device = RecordStore(folder), torch.device(device)
-        self.software = {"code": digest_code(), **versions()}
-        for edge in (protocol.real_edge, *map(protocol.output_edge, protocol.scales)):
-            if edge is not None:
-                metrics.check_edge(edge)
-        counts = [count for count in (len(protocol.items), protocol.real_count) if count is not None]
-        for name in metrics.sets:
-            if min(counts) < LEAST_IMAGES[name]:
-                raise ValueError(
-                    f"`metrics` must not have {name!r} for fewer than {LEAST_IMAGES[name]} images, got {min(counts)}. "
-                    "Take more images or name other metrics."
-                )
-            if protocol.statistics and not protocol.statistics.serves(name):
-                raise ValueError(
-                    f"`metrics` must not have {name!r} where of the real images only statistics are known. Give a "
-                    "folder of them or name other metrics."
-                )
+        source.add_argument(name, default=argparse.SUPPRESS, help=description)
+    parser.add_argument(
+        "--model", default=str(embedded_bundle()), help="pipeline of the method uplift (default: that of the package)"
+    )
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="see below (default: all that need no PATH)")
+    parser.add_argument("--scales", type=int, nargs="+", default=[2, 4], choices=range(2, 17), metavar="N")
+    parser.add_argument("--limit", type=_positive, help="only so many photographs or prompts, the first ones")
+    parser.add_argument("--seed", type=int, default=0, help="of noise, patches and intervals (default: 0)")
+    parser.add_argument("--output_dir", type=Path, help="where the report goes and measurements are kept")
+    parser.add_argument("--fresh", action="store_true", help="measure again what OUTPUT_DIR/records has already")
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, mps, cuda:1, ... (default: auto, an accelerator if any)"
+    )
+    parser.add_argument(
+        "--dtype", default="float32", choices=DTYPES, help="of the networks that are measured (default: float32)"
+    )
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run the code that lies beside pipelines of custom classes"
+    )
 
-    def run(self, *, rank: int = 0, world_size: int = 1) -> None:
-        """Make the measurements of this process's share of the items, as far as they are not there."""
-        items = self.protocol.items[rank::world_size]
-        real_items = self.protocol.real_items[rank::world_size] if self.metrics.sets else []
-        total = len(real_items) + len(items) * len(self.protocol.scales) * len(self.methods)
-        with tqdm(total=total, unit="image", disable=None if rank == 0 else True, dynamic_ncols=True) as progress:
-            for item in real_items:
-                self._describe_real(item)
-                progress.update()
-            self.protocol.prepare(rank=rank, world_size=world_size)  # hours, so after a damaged photograph is found
-            for item in items:
-                for scale in self.protocol.scales:
-                    self._measure(item, scale, progress)
+    photographs = parser.add_argument_group("photographs", argument_default=argparse.SUPPRESS)
+    photographs.add_argument("--image_column", help="of the dataset (default: image)")
+    photographs.add_argument("--crop", type=_positive, help="edge of the centre crops (default: 512 px)")
+    photographs.add_argument(
+        "--jpeg_quality",
+        type=_positive,
+        metavar="Q",
+        help="compress the reduced photographs as JPEGs of this quality, 1 to 100 (default: no compression)",
+    )
+    photographs.add_argument("--allow_greyscale", action="store_true", help="measure greyscale photographs as RGB")
 
-    def record(self, item: Item, scale: int, method: Method) -> Record:
-        """What was measured on the output of `method` for `item` at `scale`."""
-        return self.store.read(self._entry(item, scale, method))
+    text = parser.add_argument_group("text to image", argument_default=argparse.SUPPRESS)
+    text.add_argument("--stable_diffusion", metavar="DIR_OR_HUB_ID", help="makes the latents of the prompts")
+    text.add_argument("--real_images", help="folder of photographs, or .npz or .safetensors of their statistics")
+    text.add_argument("--num_inference_steps", type=_positive, help="of the denoising (default: 50)")
+    text.add_argument("--guidance_scale", type=float, help="of the denoising (default: 7.5)")
 
-    def real_record(self, item: Item) -> Record:
-        """The features of the real image `item`."""
-        return self.store.read(self._real_entry(item))
+    metrics = parser.add_argument_group("metrics")
+    metrics.add_argument(
+        "--metrics",
+        nargs="+",
+        metavar="NAME",
+        help="fid patch_fid kid psnr ssim lpips color_shift (default for photographs: psnr ssim color_shift, and fid "
+        "patch_fid kid with --inception_weights; for prompts: fid kid)",
+    )
+    metrics.add_argument("--inception_weights", metavar="PATH", help="file that scripts/convert_inception.py made")
+    metrics.add_argument("--patch_size", type=_positive, help="of patch-FID (default: half the smallest output)")
+    metrics.add_argument("--patches", type=_positive, default=4, help="crops of an image for patch-FID (default: 4)")
 
-    def measure_costs(self, *, edges: dict[int, Sequence[int]], repeats: int) -> dict[int, dict[str, list[Cost]]]:
-        """By scale and timed method, the cost of outputs of `edges[scale]` pixels, medians of `repeats` calls."""
-        methods = [method for method in self.methods if method.timed]
-        costs = {scale: {method.name: [] for method in methods} for scale in edges}
-        jobs = [(scale, edge, method) for scale in edges for edge in edges[scale] for method in methods]
-        for scale, edge, method in tqdm(jobs, unit="method", desc="Time and memory", disable=None, dynamic_ncols=True):
-            sample = self.protocol.timing_sample(scale=scale, edge=edge)
-            costs[scale][method.name].append(measure_cost(method, sample, repeats=repeats, device=self.device))
-        return costs
+    time = parser.add_argument_group("time and memory")
+    time.add_argument("--latency_repeats", type=_count, default=3, help="calls after a warm-up; 0: none (default: 3)")
+    time.add_argument(
+        "--latency_sizes",
+        type=_positive,
+        nargs="+",
+        help="edges of outputs to time (default: a quarter, half and the whole of the outputs measured)",
+    )
+    return parser
 
-    def _describe_real(self, item: Item) -> None:
-        entry = self._real_entry(item)
-        if not self.store.holds(entry):
-            self.store.write(entry, self.metrics.describe(self.protocol.real_pixels(item), digest=item.digest))
 
-    def _measure(self, item: Item, scale: int, progress: tqdm) -> None:
-        waiting = [method for method in self.methods if not self.store.holds(self._entry(item, scale, method))]
-        progress.update(len(self.methods) - len(waiting))
-        if not waiting:
-            return
-        sample = self.protocol.sample(item, scale)
-        for method in waiting:
-            record = self.metrics.measure(method(sample), sample.truth, digest=item.digest)
-            self.store.write(self._entry(item, scale, method), record)
-            progress.update()
+def _check_installed() -> None:
+    for name in EXTRA_PACKAGES:
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f'`evaluate` needs {name}, which is not installed: pip install "uplift-diffusers[eval]"')
 
-    def _entry(self, item: Item, scale: int, method: Method) -> Entry:
-        identity = {**self.protocol.identity, "scale": scale, "method": method.identity}
-        return Entry(f"{scale}x-{method.name}", item.name, self._identity(item, identity))
 
-    def _real_entry(self, item: Item) -> Entry:
-        return Entry("real", item.name, self._identity(item, self.protocol.real_identity))
+def _check_options(options: dict) -> None:
+    """Raise ValueError where an option would have no effect."""
+    source = next(name for name in _WITHOUT_EFFECT if name in options)
+    for name in _WITHOUT_EFFECT[source]:
+        if name in options:
+            raise ValueError(f"`{name}` must not be given with --{source}, where it has no effect.")
+    if options["fresh"] and options["output_dir"] is None:
+        raise ValueError("`fresh` must not be given without --output_dir, where it has no effect.")
 
-    def _identity(self, item: Item, identity: dict) -> dict:
-        of_run = {"device": self.device.type, "software": self.software}
-        return {**identity, **self.metrics.identity, **of_run, "item": item.digest}
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
+    return int(text)

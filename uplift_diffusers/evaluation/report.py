@@ -1,4 +1,8 @@
-"""The report: report.json with every figure, report.md with the tables, figures.csv with a row for each output."""
+"""
+The report: tables, every figure as JSON, a row for each output, plots, and crops side by side.
+
+`write_report` writes all of it; the other functions make the parts.
+"""
 
 import csv
 import dataclasses
@@ -6,15 +10,21 @@ import io
 import json
 import math
 import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+from torchvision.transforms.functional import to_pil_image
 
-from uplift_diffusers._version import __version__
-from uplift_diffusers.evaluation.digests import digest
-from uplift_diffusers.evaluation.evaluate import Evaluation
-from uplift_diffusers.evaluation.results import COMPARED, Results, ScaleResults, gap_closed
+from uplift_diffusers.evaluation.measure import COMPARED, Evaluation, Results, ScaleResults, gap_closed, rows_to_show
+from uplift_diffusers.evaluation.records import digest, write_whole
 from uplift_diffusers.evaluation.statistics import FEW_SAMPLES, KID_SUBSETS, Estimate
+from uplift_diffusers.images.files import save_image
 from uplift_diffusers.runtime import device_name
 
 COLUMNS = {
@@ -28,13 +38,41 @@ COLUMNS = {
 }
 """Name, direction of what is better, and format of every metric, in the order of the table."""
 
+PANEL_INCHES = (4.8, 3.6)
+MARGIN_PX = 4
+HEADING_PX = 16
+
 
 def heading(metric: str, estimate: Estimate) -> str:
     """Name, direction and number of samples of a metric."""
     return f"{COLUMNS[metric][0]} {COLUMNS[metric][1]} (n = {estimate.samples})"
 
 
-def describe_run(evaluation: Evaluation, *, command: str, seed: int, processes: int) -> dict:
+def write_report(evaluation: Evaluation, results: Results, run: dict, folder: Path) -> None:
+    """
+    Write report.json, report.md, figures.csv, plots/*.png and contact_sheet_*.png, each whole or not at all.
+
+    Args:
+        evaluation: what the results come from.
+        results: of `compute_results`.
+        run: of `describe_run`.
+        folder: must exist.
+    """
+    values = json.dumps(report_json(results, run), indent=2, ensure_ascii=False, allow_nan=False)
+    write_whole(folder / "report.json", values + "\n")
+    write_whole(folder / "report.md", report_markdown(results, run))
+    write_whole(folder / "figures.csv", report_csv(results, [item.name for item in evaluation.protocol.items]))
+    (folder / "plots").mkdir(exist_ok=True)
+    for name, figure in make_plots(results).items():
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=120)
+        write_whole(folder / "plots" / f"{name}.png", picture.getvalue())
+    truths = evaluation.protocol.previews(rows_to_show(len(evaluation.protocol.items)))
+    for scale, found in results.items():
+        save_image(make_contact_sheet(found.previews, truths), folder / f"contact_sheet_{scale}x.png", overwrite=True)
+
+
+def describe_run(evaluation: Evaluation, *, command: str, seed: int, processes: int, dtype: str = "float32") -> dict:
     """What the figures come from, as JSON values: data, settings, weights, seeds, versions, hardware."""
     protocol, metrics = evaluation.protocol, evaluation.metrics
     return {
@@ -53,13 +91,9 @@ def describe_run(evaluation: Evaluation, *, command: str, seed: int, processes: 
         },
         "seed": seed,
         "processes": processes,
-        "versions": {
-            "uplift_diffusers": __version__,
-            **evaluation.software,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": {**evaluation.versions, "numpy": np.__version__, "python": platform.python_version()},
         "hardware": f"{device_name(evaluation.device)}, {torch.get_num_threads()} threads",
+        "dtype": dtype,
     }
 
 
@@ -119,6 +153,42 @@ def warnings_of(results: Results, run: dict) -> list[str]:
     return warnings
 
 
+def make_plots(results: Results) -> dict[str, Figure]:
+    """By file name without suffix; those for which something was measured."""
+    first = next(iter(results.values()))
+    measured = next(iter(first.scores.values())).keys()
+    plots = {}
+    if bars := [metric for metric in ("fid", "ssim") if metric in measured]:
+        plots["scores"] = _grid(results, bars, _bars)
+    points = [metric for metric in ("psnr", "ssim", "fid") if metric in measured]
+    if first.costs and points:
+        plots["quality_against_time"] = _grid(results, points, _points)
+    if any(len(costs) > 1 for costs in first.costs.values()):
+        plots["time_against_size"] = _grid(results, ["seconds"], _lines)
+    return plots
+
+
+def make_contact_sheet(previews: dict[str, list[torch.Tensor]], truths: list[torch.Tensor] | None) -> Image.Image:
+    """
+    Crops side by side, a column for each method.
+
+    Args:
+        previews: by method, (3, h, w) uint8 for each row.
+        truths: the same crops of the photographs; None where there are none.
+    """
+    columns = previews if truths is None else {"photograph": truths, **previews}
+    first = next(iter(columns.values()))
+    height, width = first[0].shape[1:]
+    size = (len(columns) * (width + MARGIN_PX), HEADING_PX + len(first) * (height + MARGIN_PX))
+    sheet = Image.new("RGB", size, "white")
+    for column, (name, crops) in enumerate(columns.items()):
+        left = column * (width + MARGIN_PX)
+        ImageDraw.Draw(sheet).text((left, 2), name, fill="black")
+        for row, crop in enumerate(crops):
+            sheet.paste(to_pil_image(crop), (left, HEADING_PX + row * (height + MARGIN_PX)))
+    return sheet
+
+
 def _score_table(found: ScaleResults, run: dict) -> list[str]:
     first = next(iter(found.scores.values()))
     metrics = [name for name in COLUMNS if name in first]
@@ -169,7 +239,7 @@ def _notes(results: Results, run: dict) -> list[str]:
         )
     settings = json.dumps({**run["protocol"], **run["metrics"], "seed": run["seed"]})
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-    notes.append(f"`{settings}`; data {run['data']['digest']}; {versions}; {run['hardware']}.")
+    notes.append(f"`{settings}`; data {run['data']['digest']}; {versions}; {run['hardware']}, {run['dtype']}.")
     notes.append(f"Made with `{run['command']}`.")
     return "\n\n".join(notes).split("\n")
 
@@ -193,7 +263,7 @@ def _number(value: float, layout: str) -> str:
     return layout.format(value) if math.isfinite(value) else layout.format(value).replace("inf", "∞")
 
 
-def _as_json(value: object) -> object:
+def _as_json(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return _as_json({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
     if isinstance(value, dict):
@@ -203,3 +273,51 @@ def _as_json(value: object) -> object:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
+
+
+def _grid(results: Results, metrics: list[str], draw: Callable[[Axes, ScaleResults, str], None]) -> Figure:
+    """A row of panels for each scale, a column for each metric."""
+    width, height = PANEL_INCHES
+    figure = Figure(figsize=(width * len(metrics), height * len(results)), layout="constrained")
+    panels = figure.subplots(len(results), len(metrics), squeeze=False)
+    for row, (scale, found) in zip(panels, results.items(), strict=True):
+        for axes, metric in zip(row, metrics, strict=True):
+            draw(axes, found, metric)
+            axes.set_title(f"{scale}x", loc="left", fontsize=9)
+            axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _bars(axes: Axes, found: ScaleResults, metric: str) -> None:
+    estimates = [scores[metric] for scores in found.scores.values()]
+    for position, estimate in enumerate(estimates):
+        axes.bar(position, estimate.value, color=f"C{position}", width=0.7)
+        if estimate.low is not None:
+            axes.vlines(position, estimate.low, estimate.high, color="black")
+    axes.set_xticks(range(len(estimates)), found.scores, rotation=30, ha="right")
+    axes.set_ylabel(heading(metric, estimates[0]))
+
+
+def _points(axes: Axes, found: ScaleResults, metric: str) -> None:
+    for position, (name, scores) in enumerate(found.scores.items()):
+        cost, value = found.cost(name), scores[metric].value
+        if cost is not None and math.isfinite(value):
+            place = (cost.seconds, value)
+            axes.plot(*place, "o", color=f"C{position}")
+            axes.annotate(name, place, xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.set_xscale("log")
+    axes.margins(0.15)
+    axes.set_xlabel("seconds an image")
+    axes.set_ylabel(heading(metric, next(iter(found.scores.values()))[metric]))
+
+
+def _lines(axes: Axes, found: ScaleResults, metric: str) -> None:
+    for name, costs in found.costs.items():
+        axes.plot([cost.edge for cost in costs], [getattr(cost, metric) for cost in costs], "o-", label=name)
+    edges = [cost.edge for cost in next(iter(found.costs.values()))]
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(edges, [str(edge) for edge in edges])
+    axes.set_xlabel("edge of the output (px)")
+    axes.set_ylabel("seconds an image")
+    axes.legend(fontsize=7)

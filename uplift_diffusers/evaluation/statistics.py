@@ -1,12 +1,19 @@
 """From measurements to figures: means with intervals, FID and KID from features."""
 
 import warnings
+import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
+
+NUM_FEATURES = 2048
+"""Of the Inception network, for each image."""
 
 LEVEL = 0.95
 """Of all intervals."""
@@ -18,7 +25,7 @@ KID_SUBSET_SIZE = 1000
 FEW_SAMPLES = 2048
 """Below it the covariance of 2048 features has no full rank, and FID is far from its limit."""
 
-_ALONE = {"sync_on_compute": False}
+_IN_ONE_PROCESS = {"sync_on_compute": False}
 """One process computes the figures, from the records of all: torchmetrics must not wait for the others."""
 
 
@@ -37,6 +44,64 @@ class Estimate:
     samples: int
     low: float | None = None
     high: float | None = None
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """
+    What is known of a set of images: their features, or mean and covariance of these.
+
+    Args:
+        features: (n, 2048), or None.
+        patch_features: (n * patches, 2048), or None.
+        mean, covariance: (2048,) and (2048, 2048), or None.
+    """
+
+    features: torch.Tensor | None = None
+    patch_features: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
+    covariance: torch.Tensor | None = None
+
+    @property
+    def count(self) -> int | None:
+        """Number of images; None where it is not known."""
+        return None if self.features is None else len(self.features)
+
+    def serves(self, metric: str) -> bool:
+        """Whether "fid", "patch_fid" or "kid" can be computed from it."""
+        if metric == "fid":
+            return self.features is not None or self.mean is not None
+        return (self.patch_features if metric == "patch_fid" else self.features) is not None
+
+
+def load_statistics(path: Path) -> FeatureStatistics:
+    """
+    Read statistics of real images.
+
+    Args:
+        path: .safetensors or .npz (as pytorch-fid and others publish them) with `mu` and `sigma`, or with `features`.
+    Raises:
+        ValueError: there is something else in it.
+    """
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {
+                    name: torch.from_numpy(file[name]) for name in file.files if name in ("features", "mu", "sigma")
+                }
+        else:
+            arrays = load_file(path)
+    except (SafetensorError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"`real_images` must be a .safetensors or .npz file of statistics, got {path}.") from error
+    shapes = {name: tuple(array.shape) for name, array in arrays.items()}
+    if shapes.get("features", ())[1:] == (NUM_FEATURES,):
+        return FeatureStatistics(features=arrays["features"])
+    if shapes.get("mu") == (NUM_FEATURES,) and shapes.get("sigma") == (NUM_FEATURES, NUM_FEATURES):
+        return FeatureStatistics(mean=arrays["mu"], covariance=arrays["sigma"])
+    raise ValueError(
+        f"`real_images` must have features (n, {NUM_FEATURES}), or mu ({NUM_FEATURES},) and sigma ({NUM_FEATURES}, "
+        f"{NUM_FEATURES}), got {shapes or 'nothing'} in {path}."
+    )
 
 
 def bootstrap_mean(values: np.ndarray, *, seed: int) -> Estimate:
@@ -84,7 +149,7 @@ def frechet_distance(real: torch.Tensor, fake: torch.Tensor) -> Estimate:
 
 def frechet_distance_to_moments(mean: torch.Tensor, covariance: torch.Tensor, fake: torch.Tensor) -> Estimate:
     """
-    FID to real images of which the statistics alone are known.
+    FID to real images of which only the statistics are known.
 
     Args:
         mean, covariance: (2048,) and (2048, 2048), of the features of the real images.
@@ -111,12 +176,12 @@ def kernel_distance(real: torch.Tensor, fake: torch.Tensor, *, seed: int, paired
         real, fake: (n, 2048) and (m, 2048), n and m at least 4.
         seed: of the subsets.
         paired: `fake[i]` was made from `real[i]`. A subset is then compared with other photographs than its own:
-            the estimator is unbiased for independent samples alone, and falls below 0 where they are pairs.
+            the estimator is unbiased only for independent samples, and falls below 0 for pairs.
     """
     size = min(KID_SUBSET_SIZE, len(real) // 2, len(fake) // 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # says that it keeps the features, which are here anyway
-        metric = KernelInceptionDistance(_Given(real.shape[1]), subsets=1, subset_size=size, **_ALONE)
+        metric = KernelInceptionDistance(_Given(real.shape[1]), subsets=1, subset_size=size, **_IN_ONE_PROCESS)
     generator, distances = torch.Generator().manual_seed(seed), []
     for _ in range(KID_SUBSETS):
         order = torch.randperm(len(real), generator=generator)
@@ -131,7 +196,7 @@ def kernel_distance(real: torch.Tensor, fake: torch.Tensor, *, seed: int, paired
 
 
 def _frechet_metric(num_features: int) -> FrechetInceptionDistance:
-    return FrechetInceptionDistance(_Given(num_features), **_ALONE).set_dtype(torch.float64)
+    return FrechetInceptionDistance(_Given(num_features), **_IN_ONE_PROCESS).set_dtype(torch.float64)
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:

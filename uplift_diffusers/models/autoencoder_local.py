@@ -184,7 +184,7 @@ class AutoencoderLocal(ModelMixin, AutoencoderMixin, ConfigMixin):
         if self._is_tiled(tuple(latents.shape[2:])):
             height, width = (length * self.spatial_factor for length in latents.shape[2:])
             sample, top = latents.new_empty(len(latents), 3, height, width), 0
-            for strip in self.decode_strips(latents):
+            for strip in self._decode_strips(latents):
                 sample[:, :, top : top + strip.shape[2]] = strip
                 top += strip.shape[2]
         else:

@@ -503,7 +503,8 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         factor = config.encoder_spatial_factor or config.spatial_factor
         if factor != config.spatial_factor:
             size = tuple(length // config.spatial_factor * factor for length in image.shape[2:])
-            hidden = F.interpolate(hidden, size=size, mode="bilinear", antialias=True)
+            # In float32: there is no antialiased resizing in bfloat16 on CPUs.
+            hidden = F.interpolate(hidden.float(), size=size, mode="bilinear", antialias=True).to(image.dtype)
         magnification = 2**step if config.reencode_image else 1
         if magnification > 1:
             hidden = F.interpolate(hidden, scale_factor=magnification, mode="bilinear")

@@ -11,10 +11,11 @@ from uplift_diffusers.pipelines.super_resolution import UPLiFTSuperResolutionPip
 PIPELINES = [CFMLatentUpscalePipeline, UPLiFTLatentUpscalePipeline, UPLiFTSuperResolutionPipeline]
 
 if is_transformers_available():
+    from uplift_diffusers.pipelines.features import UPLiFTFeaturePipeline
     from uplift_diffusers.pipelines.text_to_image import UPLiFTTextToImagePipeline
     from uplift_diffusers.pipelines.text_to_image_xl import UPLiFTTextToImageXLPipeline
 
-    PIPELINES += [UPLiFTTextToImagePipeline, UPLiFTTextToImageXLPipeline]
+    PIPELINES += [UPLiFTFeaturePipeline, UPLiFTTextToImagePipeline, UPLiFTTextToImageXLPipeline]
 
 # diffusers looks a pipeline's class up among its own attributes, and a component's class in the libraries of this
 # table, which save it as ["uplift_diffusers", "UPLiFTModel"] in model_index.json.

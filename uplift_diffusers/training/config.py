@@ -14,7 +14,10 @@ import torch
 import yaml
 from diffusers import ModelMixin
 from diffusers.optimization import SchedulerType
+from PIL import Image
 from torch import nn
+
+from uplift_diffusers.data.dataset import Crop
 
 if typing.TYPE_CHECKING:
     from uplift_diffusers.training.monitoring import Validation
@@ -148,6 +151,16 @@ class TrainingConfig:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
         if self.lr_floor and self.lr_scheduler != "cosine":
             raise ValueError(f"`lr_floor` must be 0 unless `lr_scheduler` is cosine, got {self.lr_floor}.")
+
+    def make_crop(self) -> Callable[[Image.Image, int, int], torch.Tensor]:
+        """What cuts the training squares out of the photographs: (image, epoch, index) -> (3, R, R) uint8."""
+        return Crop(
+            resolution=self.resolution,
+            random_crop=self.random_crop,
+            max_reduction=self.max_reduction,
+            augment_flip=self.augment_flip,
+            seed=self.seed,
+        )
 
     def open_task(self, device: torch.device) -> AbstractContextManager[Task]:
         """What these settings train, on `device`, for the duration of a `with` block."""

@@ -17,6 +17,7 @@ from uplift_diffusers.data.pyramid import encode_pyramid, image_pyramid
 from uplift_diffusers.data.sources import FolderSource
 from uplift_diffusers.images.files import save_image
 from uplift_diffusers.latent_space import Autoencoder, LatentCodec, LatentSpace
+from uplift_diffusers.models.interpolation import interpolate_latents
 from uplift_diffusers.saving import replaced_when_whole
 from uplift_diffusers.training.losses import psnr_from_mse
 
@@ -78,7 +79,7 @@ class RunLog:
         for name, picture in validation.pictures.items():
             folder = self.output_dir / "validation"
             folder.mkdir(exist_ok=True)
-            save_image(picture, folder / f"{name}-{step:06d}.png")
+            save_image(picture, folder / f"{name}-{step:06d}.png", overwrite=True)
             for tracker in self.accelerator.trackers:
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({name: np.asarray(picture)[None]}, step=step, **layout)
@@ -154,7 +155,7 @@ class UpsamplerValidation:
         rows = []
         for pyramid, latents in self.batches:
             for depth in VALIDATION_DEPTHS:
-                target, bilinear = latents[0], interpolate_latents(latents[depth], 2**depth)
+                target, bilinear = latents[0], interpolate_latents(latents[depth], scale=2**depth)
                 clean = torch.zeros(len(target), device=target.device)
                 predicted = self.upsample(pyramid[depth], depth, clean, generator).float()
                 decoded = self.codec.decode(predicted)
@@ -187,11 +188,6 @@ def validation_crops(folder: str | Path) -> torch.Tensor:
 def picture_of(rows: list[torch.Tensor]) -> Image.Image:
     """Images (3, H, W) in [0, 1], one below the other."""
     return Image.fromarray(torch.cat(rows, dim=1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy())
-
-
-def interpolate_latents(raw_latents: torch.Tensor, factor: int) -> torch.Tensor:
-    """(B, C, h, w) -> (B, C, factor * h, factor * w), bilinear."""
-    return F.interpolate(raw_latents, scale_factor=factor, mode="bilinear")
 
 
 def _mse(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

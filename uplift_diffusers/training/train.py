@@ -38,7 +38,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from tqdm.auto import tqdm
 
-from uplift_diffusers.data.dataset import Crop, Photographs, StreamedPhotographs, batches, first_crops
+from uplift_diffusers.data.dataset import Photographs, StreamedPhotographs, batches, first_crops
 from uplift_diffusers.data.sources import load_dataset, open_source
 from uplift_diffusers.runtime import PATIENCE, device_name, preferred_dtype, process_share
 from uplift_diffusers.training.checkpoints import (
@@ -295,13 +295,7 @@ def open_photographs(config: TrainingConfig) -> Photographs | StreamedPhotograph
     Raises:
         Exception: as `open_source` and `load_dataset` do.
     """
-    crop = Crop(
-        resolution=config.resolution,
-        random_crop=config.random_crop,
-        max_reduction=config.max_reduction,
-        augment_flip=config.augment_flip,
-        seed=config.seed,
-    )
+    crop = config.make_crop()
     if config.streaming:
         stream = load_dataset(
             config.dataset_name, config.dataset_config_name, image_column=config.image_column, streaming=True

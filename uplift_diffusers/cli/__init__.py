@@ -1,0 +1,1 @@
+"""The command line: `uplift-diffusers` and `python -m uplift_diffusers`."""

@@ -1,0 +1,179 @@
+"""`uplift-diffusers features`: the features of a photograph at the density of pixels, as a picture or as a tensor."""
+
+import argparse
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from uplift_diffusers.cli.arguments import parse_count
+from uplift_diffusers.cli.console import CommandError, as_flags, say, tell
+from uplift_diffusers.images.files import OUTPUT_FORMATS, open_image, save_image
+from uplift_diffusers.runtime import choose_device
+from uplift_diffusers.saving import make_writable_folder, replaced_when_whole
+from uplift_diffusers.wording import reason
+
+# torch and diffusers are imported where they are needed: --help and a mistyped flag have to answer at once.
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from uplift_diffusers.pipelines.features import UPLiFTFeatureOutput, UPLiFTFeaturePipeline
+
+NAME = "features"
+PURPOSE = "compute the features of a photograph at the density of pixels"
+EPILOG = """\
+--output:
+  An image file (png, jpg, webp, tif, bmp) shows the first three principal components as colours: on the left of the
+  backbone's own features, on the right of the upsampled ones. A .safetensors file holds `features` (channels, height,
+  width), `backbone_features` (channels, rows, columns) and `cls_token` (channels), in the dtype of the computation.
+
+The photograph may have any size from one patch on (14 or 16 pixels). Existing outputs are kept, unless there is
+--overwrite. Nothing is ever half-written.
+
+Exit code:
+  0    the output is written
+  1    the photograph cannot be read, or its features cannot be computed or written
+  2    nothing was begun: an argument is wrong, the output exists, a model does not load or does not fit the other
+
+Examples:
+  uplift-diffusers features photo.jpg --output features.png
+  uplift-diffusers features photo.jpg --output features.safetensors --size 448x448
+  uplift-diffusers features photo.jpg --output features.png --backbone timm/vit_small_plus_patch16_dinov3.lvd1689m \\
+      --upsampler UPLiFT-upsampler/uplift_dinov3-splus16
+"""
+
+BACKBONE = "facebook/dinov2-small"
+UPSAMPLER = "UPLiFT-upsampler/uplift_dinov2-s14"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run)
+    parser.add_argument("input", metavar="PHOTO", help="image file")
+    parser.add_argument("--output", required=True, metavar="FILE", help="image or .safetensors file to write")
+    parser.add_argument("--model", metavar="DIR_OR_HUB_ID", help="a saved UPLiFTFeaturePipeline: both models in one")
+    parser.add_argument(
+        "--backbone", metavar="DIR_OR_HUB_ID", help=f"DINOv2, DINOv3 or a timm model (default: {BACKBONE})"
+    )
+    parser.add_argument(
+        "--upsampler", metavar="DIR_OR_HUB_ID", help=f"a UPLiFTModel for its features (default: {UPSAMPLER})"
+    )
+    parser.add_argument(
+        "--feature_space",
+        metavar="NAME",
+        help="which features the backbone makes, where its configuration does not say",
+    )
+    parser.add_argument(
+        "--size", type=_parse_size, metavar="WxH", help="of the features (default: the photograph's pixels)"
+    )
+    parser.add_argument(
+        "--num_steps", type=parse_count, metavar="N", help="2x steps (default: as many as the size takes)"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda:1, mps, ... (default: auto)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(default: float32)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+
+
+def run(options: argparse.Namespace) -> int:
+    """The command; its `--help` is its contract."""
+    # 1. Everything that can be wrong is looked at before torch is imported, which takes seconds
+    source, target = Path(options.input), Path(options.output)
+    suffix = target.suffix.lower()
+    if suffix != ".safetensors" and suffix not in OUTPUT_FORMATS:
+        raise CommandError(f"--output must end in .safetensors, {', '.join(OUTPUT_FORMATS)}, got {target}.")
+    if options.model is not None and (options.backbone is not None or options.upsampler is not None):
+        raise CommandError("--model must be left out with --backbone or --upsampler: it has both.")
+    if not source.is_file():
+        raise CommandError(f"{source}: no such file.")
+    if os.path.lexists(target) and not options.overwrite:
+        raise CommandError(f"{target} exists. Pass --overwrite to replace it.")
+    try:
+        make_writable_folder(target.parent)
+    except OSError as error:
+        raise CommandError(f"--output: cannot write into the folder {target.parent}: {reason(error)}") from error
+
+    # 2. Load
+    pipeline = _load(options)
+
+    # 3. Compute and save
+    try:
+        output = pipeline(
+            open_image(source).image,
+            output_size=options.size or "pixels",
+            num_steps=options.num_steps,
+            output_type="pt" if suffix == ".safetensors" else "pil",
+        )
+        if suffix == ".safetensors":
+            _save_tensors(
+                output, target, feature_space=pipeline.feature_backbone.space.name, overwrite=options.overwrite
+            )
+        else:
+            save_image(_beside_each_other(output), target, overwrite=options.overwrite)
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        tell(f"{source}: {reason(error)}")
+        return 1
+    return 0 if say(f"{target} written.") else 1
+
+
+def _load(options: argparse.Namespace) -> "UPLiFTFeaturePipeline":
+    try:
+        device = choose_device(options.device)
+    except ValueError as error:
+        raise CommandError(as_flags(error)) from error
+
+    import torch
+    from huggingface_hub.errors import HTTPError
+
+    from uplift_diffusers.feature_space import FeatureBackbone
+    from uplift_diffusers.models.upsampler import UPLiFTModel
+    from uplift_diffusers.pipelines.features import UPLiFTFeaturePipeline
+
+    dtype = getattr(torch, options.dtype)
+    settings = {} if options.feature_space is None else {"feature_space": options.feature_space}
+    try:
+        if options.model is not None:
+            pipeline = UPLiFTFeaturePipeline.from_pretrained(options.model, dtype=dtype, **settings)
+        else:
+            backbone = FeatureBackbone.from_pretrained(options.backbone or BACKBONE, dtype=dtype).model
+            upsampler = UPLiFTModel.from_pretrained(options.upsampler or UPSAMPLER, dtype=dtype)
+            pipeline = UPLiFTFeaturePipeline(backbone, upsampler, **settings)
+        pipeline.to(device)
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError, HTTPError) as error:
+        raise CommandError(as_flags(error)) from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _beside_each_other(output: "UPLiFTFeatureOutput") -> "Image.Image":
+    """The picture of the backbone's features, and that of the upsampled ones to the right of it."""
+    from PIL import Image
+
+    left, right = output.backbone_features[0], output.features[0]
+    picture = Image.new("RGB", (left.width + right.width, right.height))
+    picture.paste(left, (0, 0))
+    picture.paste(right, (left.width, 0))
+    return picture
+
+
+def _save_tensors(output: "UPLiFTFeatureOutput", target: Path, *, feature_space: str, overwrite: bool) -> None:
+    from safetensors.torch import save
+
+    tensors = {
+        "features": output.features,
+        "backbone_features": output.backbone_features,
+        "cls_token": output.cls_token,
+    }
+    tensors = {name: tensor[0].contiguous().cpu() for name, tensor in tensors.items() if tensor is not None}
+    with replaced_when_whole(target, overwrite=overwrite) as file:
+        file.write(save(tensors, metadata={"feature_space": feature_space}))
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    """`640x480`, width and height -> (height, width)."""
+    match = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", text, re.ASCII)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT in positions, got {text!r}")
+    return int(match[2]), int(match[1])

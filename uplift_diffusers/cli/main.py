@@ -1,0 +1,158 @@
+"""`uplift-diffusers COMMAND`: finds the command, runs it, and turns its errors into one line and an exit code."""
+
+import argparse
+import importlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from uplift_diffusers._version import __version__
+from uplift_diffusers.cli import features, fetch, upscale
+from uplift_diffusers.cli.console import CommandError, say, tell
+
+PROGRAM = "uplift-diffusers"
+
+
+@dataclass(frozen=True)
+class Delegate:
+    """
+    A command whose module has its own command line.
+
+    Args:
+        module: has a function `main(arguments) -> exit code`; imported when the command is given.
+        purpose: for `uplift-diffusers --help`.
+        extra: what has to be installed for it.
+    """
+
+    module: str
+    purpose: str
+    extra: str
+
+
+DELEGATES = {
+    "train": Delegate("uplift_diffusers.training.train", "train an upsampler of the latents of a VAE", "train"),
+    "evaluate": Delegate("uplift_diffusers.evaluation.evaluate", "measure upscalers on photographs", "eval"),
+    "train-features": Delegate(
+        "uplift_diffusers.evaluation.predictive.training", "train an upsampler of a backbone's features", "train"
+    ),
+    "evaluate-features": Delegate(
+        "uplift_diffusers.evaluation.predictive.evaluate", "measure upsamplers of a backbone's features", "eval"
+    ),
+    "demo": Delegate("uplift_diffusers.demo.app", "enlarge and create pictures in the browser", "demo"),
+}
+
+
+class InterruptedBySignal(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, which end a command as Ctrl-C does."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.exit_code = 128 + number
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line `arguments`, by default those of the process, and return its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in DELEGATES:
+        return _delegate(arguments[0], arguments[1:])
+    with _signals_interrupt():
+        try:
+            return _run(arguments)
+        except KeyboardInterrupt as interrupt:
+            tell("Interrupted. The outputs written so far are whole.")
+            return getattr(interrupt, "exit_code", 130)
+
+
+def _run(arguments: list[str]) -> int:
+    parser = _build_parser()
+    try:
+        for argument in arguments:
+            # argparse would take the first for no value at all, and the system takes no name with the second.
+            if argument.startswith("--") and argument.endswith("=--"):
+                parser.error(f"argument {argument.removesuffix('=--')}: expected a value, got '--'")
+            if "\0" in argument:
+                parser.error(f"an argument must not hold a null character, got {argument!r}")
+        options = parser.parse_args(arguments)
+    except SystemExit as stop:  # after --help, --version and errors in the arguments
+        return stop.code or 0
+    try:
+        return options.run(options)
+    except CommandError as error:
+        tell(f"{PROGRAM} {options.command}: error: {error}")
+        return 2
+
+
+def _delegate(name: str, arguments: list[str]) -> int:
+    command = DELEGATES[name]
+    try:
+        module = importlib.import_module(command.module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("uplift_diffusers"):
+            raise
+        tell(f"{PROGRAM} {name}: error: {error.name} is missing: pip install 'uplift-diffusers[{command.extra}]'")
+        return 2
+    try:
+        return module.main(arguments)
+    except SystemExit as stop:  # of its parser
+        return stop.code or 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage before it, and does not pass over a stdout that is full."""
+
+    def error(self, message: str) -> None:
+        tell(f"{self.prog}: error: {message}")
+        self.exit(2)
+
+    def _print_message(self, message: str, file=None) -> None:
+        if message and not say(message.removesuffix("\n")):
+            self.exit(1)
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=PROGRAM,
+        description="Make images larger in latent space.",
+        epilog=f"{PROGRAM} COMMAND --help says more.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for module in (upscale, features, fetch):
+        module.add_arguments(
+            commands.add_parser(
+                module.NAME,
+                help=module.PURPOSE,
+                description=f"{module.PURPOSE.capitalize()}.",
+                epilog=module.EPILOG,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+                allow_abbrev=False,
+            )
+        )
+    for name, command in DELEGATES.items():
+        commands.add_parser(name, help=command.purpose, add_help=False)
+    return parser
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP raise as Ctrl-C does, so that partial files are removed."""
+
+    def interrupt(number, frame):
+        raise InterruptedBySignal(number)
+
+    numbers = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    # What is ignored, as SIGHUP under nohup, stays ignored.
+    previous = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) == signal.SIG_DFL}
+    for number in previous:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,303 @@
+"""What a vision transformer's features are, and running a frozen one on images of any size."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import MethodType
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers import ModelMixin
+from torch import nn
+
+# transformers is imported where a model is loaded: its TimmWrapperModel imports timm, which takes half a second.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MODELS = {
+    "dinov2": "Dinov2Model",
+    "dinov2_with_registers": "Dinov2WithRegistersModel",
+    "dinov3_vit": "DINOv3ViTModel",
+    "timm_wrapper": "TimmWrapperModel",
+}
+"""Classes of transformers that are known here, by transformers' model type."""
+
+KNOWN_SPACES = {
+    ("dinov2", 384, 12, 14, False): "dinov2-s14",
+    ("dinov2", 768, 12, 14, False): "dinov2-b14",
+    ("dinov2", 1024, 24, 14, False): "dinov2-l14",
+    ("dinov2_with_registers", 384, 12, 14, False): "dinov2-reg-s14",
+    ("dinov2_with_registers", 768, 12, 14, False): "dinov2-reg-b14",
+    ("dinov2_with_registers", 1024, 24, 14, False): "dinov2-reg-l14",
+    ("dinov3_vit", 384, 12, 16, False): "dinov3-s16",
+    ("dinov3_vit", 384, 12, 16, True): "dinov3-splus16",
+    ("dinov3_vit", 768, 12, 16, False): "dinov3-b16",
+    ("dinov3_vit", 1024, 24, 16, False): "dinov3-l16",
+}
+"""Names by transformers' model type, width, layers, patch size, and whether the MLP is gated."""
+
+KNOWN_ARCHITECTURES = {
+    "vit_small_patch14_dinov2": "dinov2-s14",
+    "vit_base_patch14_dinov2": "dinov2-b14",
+    "vit_large_patch14_dinov2": "dinov2-l14",
+    "vit_small_patch14_reg4_dinov2": "dinov2-reg-s14",
+    "vit_base_patch14_reg4_dinov2": "dinov2-reg-b14",
+    "vit_large_patch14_reg4_dinov2": "dinov2-reg-l14",
+    "vit_small_patch16_dinov3": "dinov3-s16",
+    "vit_small_plus_patch16_dinov3": "dinov3-splus16",
+    "vit_base_patch16_dinov3": "dinov3-b16",
+    "vit_large_patch16_dinov3": "dinov3-l16",
+}
+"""The same names by timm's name of the architecture."""
+
+IMAGE_NORMALIZATIONS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "sat493m": ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143)),
+}
+"""Mean and deviation that a backbone's input is normalised with; `sat493m` is that of DINOv3 for satellite images."""
+
+
+@dataclass(frozen=True)
+class FeatureSpace:
+    """
+    The features of a vision backbone.
+
+    Args:
+        name: the identity that an upsampler's `config.latent_space` is compared with.
+        channels: channels of the features.
+        patch_size: image pixels per feature position, along each axis.
+    """
+
+    name: str
+    channels: int
+    patch_size: int
+
+    @classmethod
+    def of(cls, model: "PreTrainedModel", name: str | None = None) -> "FeatureSpace":
+        """
+        The feature space of `model`.
+
+        Args:
+            model: as for [`FeatureBackbone`].
+            name: declares which space the features belong to, where the config cannot tell: a fine-tuned backbone, or
+                one that is not in the tables above.
+        Raises:
+            TypeError: another kind of model.
+        """
+        model = _supported(model)
+        config = model.config
+        if config.model_type == "timm_wrapper":
+            architecture = config.architecture.partition(".")[0]
+            is_changed = bool(set(config.model_args or {}) - {"dynamic_img_size"})
+            if model.features_only:
+                info = model.timm_model.feature_info
+                channels, patch_size = info.channels()[-1], info.reduction()[-1]
+            else:
+                channels, patch_size = model.timm_model.num_features, model.timm_model.patch_embed.patch_size[0]
+            known = None if is_changed else KNOWN_ARCHITECTURES.get(architecture)
+            known = known or f"{architecture}-c{channels}-p{patch_size}"
+        else:
+            channels, layers, patch_size = config.hidden_size, config.num_hidden_layers, config.patch_size
+            gated = getattr(config, "use_gated_mlp", getattr(config, "use_swiglu_ffn", False))
+            known = KNOWN_SPACES.get(
+                (config.model_type, channels, layers, patch_size, gated),
+                f"{config.model_type}-c{channels}-l{layers}-p{patch_size}",
+            )
+        return cls(name or known, channels, patch_size)
+
+    def check_upsampler(self, upsampler: ModelMixin) -> None:
+        """Raise ValueError, saying what was wanted and what was got, unless `upsampler` was trained for this space."""
+        config = upsampler.config
+        wanted = (config.latent_space, config.latent_channels, config.spatial_factor)
+        if wanted == (self.name, self.channels, self.patch_size):
+            return
+        sentence = (
+            "`upsampler` must have been trained for the backbone's features: it was trained for "
+            f"{wanted[0]!r} ({wanted[1]} channels, patch size {wanted[2]}), got "
+            f"{self.name!r} ({self.channels} channels, patch size {self.patch_size})."
+        )
+        if wanted[1:] == (self.channels, self.patch_size):
+            sentence += f" If these are the same features under another name, pass feature_space={wanted[0]!r}."
+        raise ValueError(sentence)
+
+
+class EncodedImage(NamedTuple):
+    """
+    What a backbone makes of an image.
+
+    Args:
+        features: (B, C, h, w), the last hidden state after the final norm.
+        cls_token: (B, C), or None where the backbone has none.
+    """
+
+    features: torch.Tensor
+    cls_token: torch.Tensor | None
+
+
+class FeatureBackbone:
+    """
+    Runs one frozen vision backbone.
+
+    A Dinov2Model interpolates its position embeddings without antialiasing, timm and the published upsamplers with
+    it; the difference is 7 % of the embeddings at 448 px and 34 % at 224 px. So `model`, this one object, does as
+    timm does from then on. The other classes do so already, or have rotary positions.
+
+    Args:
+        model: a Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel or TimmWrapperModel, put into evaluation mode.
+        feature_space: declares which feature space the features belong to, see [`FeatureSpace.of`].
+        image_normalization: one of `IMAGE_NORMALIZATIONS`; by default the backbone's own: what timm's configuration
+            says, ImageNet's for the DINO models of transformers.
+    Raises:
+        TypeError: another kind of model.
+        ValueError: an unknown normalisation, or a timm model that takes images of one size only.
+    """
+
+    def __init__(
+        self, model: "PreTrainedModel", feature_space: str | None = None, *, image_normalization: str | None = None
+    ):
+        self.space = FeatureSpace.of(model, feature_space)
+        if image_normalization is not None and image_normalization not in IMAGE_NORMALIZATIONS:
+            raise ValueError(
+                f"`image_normalization` must be one of {tuple(IMAGE_NORMALIZATIONS)} or None, "
+                f"got {image_normalization!r}."
+            )
+        network = _supported(model)
+        self.image_mean, self.image_std = IMAGE_NORMALIZATIONS[image_normalization or "imagenet"]
+        self.has_cls_token, self.num_prefix_tokens = True, 1 + getattr(network.config, "num_register_tokens", 0)
+        if network.config.model_type == "timm_wrapper":
+            timm_model = network.timm_model
+            if image_normalization is None:
+                own = getattr(network.config, "pretrained_cfg", None) or timm_model.pretrained_cfg
+                self.image_mean, self.image_std = tuple(own["mean"]), tuple(own["std"])
+            if not network.features_only and not timm_model.dynamic_img_size:
+                raise ValueError(
+                    "`model` must take images of any size, got a timm model of one size. Load it with "
+                    "FeatureBackbone.from_pretrained, or with model_args={'dynamic_img_size': True} in its config."
+                )
+            self.has_cls_token = getattr(timm_model, "cls_token", None) is not None
+            self.num_prefix_tokens = getattr(timm_model, "num_prefix_tokens", 0)
+        if network.config.model_type == "dinov2":
+            network.embeddings.interpolate_pos_encoding = MethodType(_antialiased_positions, network.embeddings)
+        self.model = model.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        feature_space: str | None = None,
+        *,
+        image_normalization: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> "FeatureBackbone":
+        """
+        Load a backbone from a folder or the hub: a transformers model, or a timm model of the hub's `timm/...`.
+
+        Raises:
+            TypeError: a model of another kind, before its weights are loaded.
+            OSError: there is no such model.
+        """
+        from transformers import AutoConfig, AutoModel
+
+        config = AutoConfig.from_pretrained(path)
+        if config.model_type not in MODELS:
+            raise TypeError(f"`{path}` must hold a model of type {_either(MODELS)}, got {config.model_type}.")
+        if config.model_type == "timm_wrapper" and not (config.model_args or {}).get("features_only"):
+            config.model_args = {**(config.model_args or {}), "dynamic_img_size": True}
+        # AutoModel, since the features of AutoBackbone are the same and transformers 5 cannot load it from a folder.
+        model = AutoModel.from_pretrained(path, config=config, dtype=dtype)
+        return cls(model, feature_space, image_normalization=image_normalization)
+
+    def resize(self, image: torch.Tensor) -> torch.Tensor:
+        """
+        (B, 3, H, W) -> the same with each side at the nearest multiple of the patch size, bilinear and antialiased.
+
+        Raises:
+            ValueError: the image is smaller than a patch.
+        """
+        patch = self.space.patch_size
+        height, width = image.shape[2:]
+        if min(height, width) < patch:
+            raise ValueError(
+                f"`image` must be at least one patch of {patch} x {patch} pixels, got {height} x {width}. "
+                "Enlarge it first."
+            )
+        return resize_bilinear(image, (round(height / patch) * patch, round(width / patch) * patch))
+
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        """
+        Encode an image to features.
+
+        Args:
+            image: (B, 3, H, W) float in [0, 1], of any size from one patch on; see `resize`.
+        Returns:
+            (B, C, h, w), dtype and device of the model, without gradient: the last hidden state after the final norm,
+            without CLS and register tokens.
+        Raises:
+            ValueError: the image is smaller than a patch.
+        """
+        return self.encode_with_cls(image).features
+
+    @torch.no_grad()
+    def encode_with_cls(self, image: torch.Tensor) -> EncodedImage:
+        """The same, with the CLS token."""
+        image = self.resize(image)
+        mean, std = (image.new_tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
+        pixel_values = ((image - mean) / std).to(self.model.dtype)
+        hidden = self.model(pixel_values=pixel_values).last_hidden_state
+        if isinstance(hidden, (list, tuple)):  # timm's `features_only`, one map for each of `out_indices`
+            hidden = hidden[-1]
+        if hidden.ndim == 4:
+            return EncodedImage(hidden, None)
+        cls_token = hidden[:, 0] if self.has_cls_token else None
+        height, width = (size // self.space.patch_size for size in image.shape[2:])
+        tokens = hidden[:, self.num_prefix_tokens :]  # (B, h * w, C)
+        return EncodedImage(tokens.transpose(1, 2).unflatten(2, (height, width)), cls_token)
+
+
+def resize_bilinear(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resize (B, C, H, W) to `size` (height, width), bilinear, antialiased where it gets smaller."""
+    if tuple(image.shape[2:]) == tuple(size):
+        return image
+    # In float32: on a CPU there is no antialiasing in bfloat16.
+    return F.interpolate(image.float(), size=size, mode="bilinear", antialias=True).to(image.dtype)
+
+
+def _supported(model: "PreTrainedModel") -> "PreTrainedModel":
+    """The network itself, not compiled. Raises TypeError unless it is of one of the classes that are known here."""
+    network = getattr(model, "_orig_mod", model)
+    if not any(kind.__name__ in MODELS.values() for kind in type(network).__mro__):
+        raise TypeError(
+            f"`backbone` must be a {_either(MODELS.values())}, got {type(network).__name__}. "
+            "Load it with transformers' AutoModel."
+        )
+    return network
+
+
+def _either(names: Iterable[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} or {last}"
+
+
+def _antialiased_positions(embeddings: nn.Module, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """
+    The position embeddings of a Dinov2Model for an image of `height` by `width` pixels, in timm's way.
+
+    Args:
+        embeddings: a Dinov2Embeddings.
+        tokens: (B, 1 + h * w, C), not looked at.
+    Returns:
+        (1, 1 + h * w, C).
+    """
+    cls_position, positions = embeddings.position_embeddings.split(
+        [1, embeddings.position_embeddings.shape[1] - 1], dim=1
+    )
+    rows, columns = embeddings.patch_embeddings.patch_size
+    edge = round(positions.shape[1] ** 0.5)
+    grid = positions.transpose(1, 2).unflatten(2, (edge, edge))  # (1, C, edge, edge)
+    size = (height // rows, width // columns)
+    if size == (edge, edge):
+        return embeddings.position_embeddings
+    grid = F.interpolate(grid.float(), size=size, mode="bicubic", antialias=True).to(grid.dtype)
+    return torch.cat([cls_position, grid.flatten(2).transpose(1, 2)], dim=1)

@@ -1,0 +1,408 @@
+"""Training upsamplers of a backbone's features: recipes, the loss, validation, and the command."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from uplift_diffusers.data.dataset import Crop, Photographs
+from uplift_diffusers.data.sources import FolderSource
+from uplift_diffusers.feature_space import FeatureBackbone, FeatureSpace, resize_bilinear
+from uplift_diffusers.models.conversion import CONFIGS
+from uplift_diffusers.models.upsampler import UPLiFTModel
+from uplift_diffusers.pipelines.features import principal_components
+from uplift_diffusers.training.config import Task, TrainingConfig, option, parse_choices, parse_config
+from uplift_diffusers.training.monitoring import Validation
+from uplift_diffusers.training.train import run, run_command
+
+VALIDATION_DEPTHS = (1, 2)
+VALIDATION_BATCH = 4
+VALIDATION_ROWS = 4
+"""Photographs in the picture of a validation."""
+
+UpsampleFeatures = Callable[[torch.Tensor, torch.Tensor, tuple[int, int]], torch.Tensor]
+"""(features, image, size) -> features: (B, C, h, w) and (B, 3, H, W) in [0, 1] to (B, C, *size)."""
+
+
+@dataclass(frozen=True)
+class Squash:
+    """Resizes a whole photograph to a square, whatever its shape: the input of the published training."""
+
+    resolution: int
+
+    def __call__(self, image: Image.Image, epoch: int, index: int) -> torch.Tensor:
+        """An RGB image -> (3, resolution, resolution) uint8."""
+        square = image.resize((self.resolution,) * 2, Image.BILINEAR)
+        return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureTrainingConfig(TrainingConfig):
+    """The paper's recipe for DINOv2-S/14: one epoch of ImageNet at 448 px, depths 1 to 3, no augmentation, float32."""
+
+    model_settings: ClassVar[dict] = {
+        name: value
+        for name, value in CONFIGS["dinov2-s14"].items()
+        if name not in ("latent_channels", "latent_space", "spatial_factor", "encoder_spatial_factor")
+    }
+    """Constructor arguments of UPLiFTModel; the others follow from the backbone."""
+    published_depths: ClassVar[tuple[int, ...]] = (1, 2, 3)
+
+    backbone: str = option("facebook/dinov2-small", "A vision transformer: a local folder or a hub id.")
+    feature_space: str | None = option(None, "Declares the backbone's feature space where its config does not say it.")
+    image_normalization: str | None = option(None, "Of the backbone's input: imagenet, half, sat493m; or its own.")
+    method: str = option("uplift", "What is trained: uplift, or lift, the same network without the Local Attender.")
+    depths: tuple[int, ...] | None = option(
+        None, "Depths d: from 1/2^d of the resolution in d steps of 2x; by default those of the recipe, for lift 1."
+    )
+    resolution: int = option(448)
+    squash: bool = option(True, "Resize whole photographs to the square; off: squares, as random_crop says.")
+    random_crop: bool = option(False)
+    train_batch_size: int = option(32)
+    max_train_steps: int | None = option(None)
+    num_train_epochs: int | None = option(1)
+    lr_scheduler: str = option("constant")
+    lr_warmup_steps: int = option(0)
+    use_ema: bool = option(False)
+    mixed_precision: str = option("no")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.method not in METHODS:
+            raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {self.method!r}.")
+        if self.depths is None:
+            object.__setattr__(self, "depths", (1,) if self.method == "lift" else self.published_depths)
+        if not self.depths or min(self.depths) < 1 or len(set(self.depths)) != len(self.depths):
+            raise ValueError(f"`depths` must be different whole numbers of at least 1, got {self.depths}.")
+        if self.squash and (self.random_crop or self.augment_flip):
+            raise ValueError("`squash` must be off with `random_crop` or `augment_flip`. Pass --no-squash.")
+
+    def make_crop(self) -> Squash | Crop:
+        return Squash(self.resolution) if self.squash else super().make_crop()
+
+    @contextmanager
+    def open_task(self, device: torch.device) -> Iterator[Task]:
+        """
+        Load the backbone and make a new model for its features.
+
+        Raises:
+            OSError: the backbone cannot be loaded.
+            TypeError: it is of another kind.
+            ValueError: the squares do not suit it.
+        """
+        backbone = FeatureBackbone.from_pretrained(
+            self.backbone, self.feature_space, image_normalization=self.image_normalization
+        )
+        backbone.model.to(device).requires_grad_(False)
+        yield self.make_task(backbone)
+
+    def make_task(self, backbone: FeatureBackbone) -> Task:
+        """
+        A new model for the features of `backbone`, and what it minimises.
+
+        Raises:
+            ValueError: the squares do not suit the backbone.
+        """
+        multiple = backbone.space.patch_size * 2 ** max(self.depths)
+        if self.resolution % multiple:
+            raise ValueError(
+                f"`resolution` must be a multiple of {multiple} for patches of {backbone.space.patch_size} px and a "
+                f"depth of {max(self.depths)}, got {self.resolution}."
+            )
+        model, objective, upsample = METHODS[self.method](self, backbone)
+        validate = None
+        if self.validation_data_dir is not None:
+            validate = FeatureValidation(
+                upsample, backbone, self.validation_data_dir, resolution=self.resolution, depths=VALIDATION_DEPTHS
+            )
+        return Task(model=model, objective=objective, validate=validate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DINOv3TrainingConfig(FeatureTrainingConfig):
+    """The paper's recipe for DINOv3-S+/16: depths 1 and 2."""
+
+    published_depths: ClassVar[tuple[int, ...]] = (1, 2)
+
+    backbone: str = option("facebook/dinov3-vits16plus-pretrain-lvd1689m")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallFeatureTrainingConfig(FeatureTrainingConfig):
+    """A fifth of the network on squares of 224 px, in steps that a laptop does in an hour."""
+
+    model_settings: ClassVar[dict] = {
+        **FeatureTrainingConfig.model_settings,
+        "encoder_block_out_channels": (16, 32, 32, 32),
+        "decoder_channels": 32,
+    }
+
+    published_depths: ClassVar[tuple[int, ...]] = (1, 2)
+
+    resolution: int = option(224)
+    train_batch_size: int = option(4)
+    max_train_steps: int | None = option(2_000)
+    num_train_epochs: int | None = option(None)
+    lr_scheduler: str = option("cosine")
+    lr_warmup_steps: int = option(100)
+
+
+RECIPES: dict[str, type[FeatureTrainingConfig]] = {
+    "dinov2-s14": FeatureTrainingConfig,
+    "dinov3-splus16": DINOv3TrainingConfig,
+    "small": SmallFeatureTrainingConfig,
+}
+"""Configurations by `--recipe`."""
+
+
+class FeatureObjective(nn.Module):
+    """
+    The sum over depths d of a loss between features upsampled from 1/2^d of the resolution and those of the image.
+
+    The backbone runs once for each size. It is frozen, and sees every size in float32.
+
+    Args:
+        model: what is trained.
+        backbone: makes the inputs and the targets.
+        depths: the depths d, each at least 1.
+    """
+
+    def __init__(self, model: nn.Module, backbone: FeatureBackbone, *, depths: tuple[int, ...]):
+        super().__init__()
+        self.model = model
+        self.backbone = backbone
+        self.depths = depths
+
+    def forward(self, images: torch.Tensor, *, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """
+        Compute the losses of a batch.
+
+        Args:
+            images: (B, 3, R, R) in [0, 1], R a multiple of patch_size * 2^max(depths).
+            generator: everything random is drawn from it.
+        Returns:
+            `loss`, and its parts `loss_d<d>`, one for each depth.
+        """
+        pyramid = image_pyramid(images, max(self.depths))
+        # In float32 whatever autocast the model runs in: rounded targets are wrong targets.
+        with torch.autocast(images.device.type, enabled=False):
+            features = [self.backbone.encode(image).float() for image in pyramid]
+        losses = {f"loss_d{depth}": self.depth_loss(depth, pyramid, features, generator) for depth in self.depths}
+        losses["loss"] = sum(losses.values())
+        return losses
+
+    def depth_loss(
+        self, depth: int, pyramid: list[torch.Tensor], features: list[torch.Tensor], generator: torch.Generator
+    ) -> torch.Tensor:
+        """The loss of one depth; level l of `pyramid` and `features` is at 1/2^l of the resolution."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it minimises.")
+
+
+class EveryStepObjective(FeatureObjective):
+    """
+    Mean squared error of every 2x step against the features of the image at that size.
+
+    Source: Walmer et al. 2026, section 3.3, equations for L_simple and L_d.
+    """
+
+    def depth_loss(
+        self, depth: int, pyramid: list[torch.Tensor], features: list[torch.Tensor], generator: torch.Generator
+    ) -> torch.Tensor:
+        steps = self.model(
+            features[depth], image=pyramid[depth], num_steps=depth, generator=generator, return_steps=True
+        ).steps
+        targets = features[:depth][::-1]
+        return sum(F.mse_loss(step.float(), target) for step, target in zip(steps, targets, strict=True))
+
+
+class FinalSizeObjective(FeatureObjective):
+    """
+    JAFAR's loss of the result at the size of the image's features, for a model that goes there at once.
+
+    The mean of 1 - cosine over positions, and the mean squared error after both are scaled, position by position, so
+    that the target's channels span 0 to 1.
+
+    Source: Couairon et al. 2025, section 3, and its published training; AnyUp uses the same.
+    """
+
+    def depth_loss(
+        self, depth: int, pyramid: list[torch.Tensor], features: list[torch.Tensor], generator: torch.Generator
+    ) -> torch.Tensor:
+        target = features[0]
+        predicted = self.model(features[depth], pyramid[depth], tuple(target.shape[2:])).float()
+        low, high = target.amin(dim=1, keepdim=True), target.amax(dim=1, keepdim=True)
+        scaled = [(values - low) / (high - low + 1e-6) for values in (predicted, target)]
+        return (1 - F.cosine_similarity(predicted, target, dim=1)).mean() + F.mse_loss(*scaled)
+
+
+class TrainedPeer(nn.Module):
+    """
+    A published upsampler in training.
+
+    Args:
+        network: has `upsample(features, image, size)`, see `UpsampleFeatures`.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, features: torch.Tensor, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        return self.network.upsample(features, image, size)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """One .safetensors file of the network's tensors, under the names that its authors gave them."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
+        save_file(tensors, Path(folder) / "diffusion_pytorch_model.safetensors")
+
+
+Method = tuple[nn.Module, FeatureObjective, UpsampleFeatures]
+"""What is trained and saved, what it minimises, and how it upsamples."""
+
+
+def _make_uplift(config: FeatureTrainingConfig, backbone: FeatureBackbone, **changes) -> Method:
+    space = backbone.space
+    model = UPLiFTModel(
+        **{**config.model_settings, **changes},
+        latent_channels=space.channels,
+        spatial_factor=space.patch_size,
+        latent_space=space.name,
+        # Halved step by step, the encoder's maps meet the positions of every step: 16 pixels for patches of 14.
+        encoder_spatial_factor=2 ** math.ceil(math.log2(space.patch_size)),
+    ).to(backbone.model.device)
+
+    def upsample(features: torch.Tensor, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        return model(features, image=image, num_steps=(size[0] // features.shape[2]).bit_length() - 1).sample
+
+    return model, EveryStepObjective(model, backbone, depths=config.depths), upsample
+
+
+def _make_lift(config: FeatureTrainingConfig, backbone: FeatureBackbone) -> Method:
+    """LiFT of the same size: no Local Attender, and the image is encoded again, magnified, at every step."""
+    return _make_uplift(config, backbone, neighborhood=None, reencode_image=True)
+
+
+METHODS: dict[str, Callable[[FeatureTrainingConfig, FeatureBackbone], Method]] = {
+    "uplift": _make_uplift,
+    "lift": _make_lift,
+}
+"""By the name that `--method` takes; see `add_peer`."""
+
+
+def add_peer(name: str, make_network: Callable[[FeatureSpace], nn.Module]) -> None:
+    """
+    Let `--method` take a published upsampler that is trained by reconstruction, as JAFAR and AnyUp are.
+
+    Args:
+        name: what `--method` takes.
+        make_network: a new network for the features of a space, with `upsample(features, image, size)`.
+    """
+
+    def make(config: FeatureTrainingConfig, backbone: FeatureBackbone) -> Method:
+        model = TrainedPeer(make_network(backbone.space)).to(backbone.model.device)
+        return model, FinalSizeObjective(model, backbone, depths=config.depths), model
+
+    METHODS[name] = make
+
+
+class FeatureValidation:
+    """
+    Measures an upsampler on every photograph below a folder, squashed to a square and reduced two and four times.
+
+    At both scales: `val_cosine`, the mean cosine between the result and the features of the square, and `val_mse`;
+    and the same of bilinear interpolation, which training has to beat. The picture has a row for each of the first
+    photographs, at the largest scale, in the colours of the target's principal components: bilinear, prediction,
+    target.
+
+    Args:
+        upsample: what is measured.
+        backbone: makes the features.
+        folder: searched recursively.
+        resolution: edge of the square in pixels.
+        depths: of the reductions by 2**depth, where the backbone's patches fit.
+    """
+
+    def __init__(
+        self,
+        upsample: UpsampleFeatures,
+        backbone: FeatureBackbone,
+        folder: str | Path,
+        *,
+        resolution: int,
+        depths: tuple[int, ...],
+    ):
+        self.upsample = upsample
+        self.depths = [depth for depth in depths if resolution % (backbone.space.patch_size * 2**depth) == 0]
+        photographs = Photographs(FolderSource(folder), Squash(resolution))
+        images = torch.stack([photographs[0, index] for index in range(len(photographs))])
+        self.num_photographs = len(images)
+        self.batches = []  # (image, features) of every level
+        for part in images.split(VALIDATION_BATCH):
+            pyramid = image_pyramid(part.to(backbone.model.device).float() / 255, max(self.depths))
+            self.batches.append([(image, backbone.encode(image).float()) for image in pyramid])
+
+    @torch.no_grad()
+    def __call__(self) -> Validation:
+        """Measure the weights that the model has now."""
+        sums: dict[str, float] = {}
+        rows = []
+        for levels in self.batches:
+            target = levels[0][1]
+            size = tuple(target.shape[2:])
+            for depth in self.depths:
+                image, features = levels[depth]
+                predicted = self.upsample(features, image, size).float()
+                bilinear = F.interpolate(features, size=size, mode="bilinear")
+                for kind, values in (("", predicted), ("_bilinear", bilinear)):
+                    cosine = F.cosine_similarity(values, target, dim=1).mean(dim=(1, 2))
+                    mse = (values - target).square().mean(dim=(1, 2, 3))
+                    for name, measured in (("cosine", cosine), ("mse", mse)):
+                        key = f"val_{name}{kind}_{2**depth}x"
+                        sums[key] = sums.get(key, 0.0) + measured.sum().item()
+            if len(rows) < VALIDATION_ROWS:
+                colours = principal_components(target)
+                rows += torch.cat([colours(values) for values in (bilinear, predicted, target)], dim=3).clamp(0, 1)
+        picture = torch.cat(rows[:VALIDATION_ROWS], dim=1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
+        enlarged = Image.fromarray(picture).resize((8 * picture.shape[1], 8 * picture.shape[0]), Image.NEAREST)
+        figures = {name: total / self.num_photographs for name, total in sums.items()}
+        return Validation(figures, {"bilinear-prediction-target": enlarged})
+
+
+def image_pyramid(images: torch.Tensor, depth: int) -> list[torch.Tensor]:
+    """(B, 3, R, R) and its reductions by 2, 4, ..., 2**depth, each from the whole: bilinear and antialiased."""
+    size = images.shape[-1]
+    return [resize_bilinear(images, (size // 2**level,) * 2) for level in range(depth + 1)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """
+    Train an upsampler of features as `arguments` say, by default those of the process.
+
+    Returns:
+        The exit code: 0, or 1 after one line on stderr about an expected error. Wrong flags exit with 2.
+    """
+    return run_command(lambda: run(*parse_recipe(arguments)))
+
+
+def parse_recipe(arguments: list[str] | None = None) -> tuple[FeatureTrainingConfig, str]:
+    """The configuration that the command line names, and the command that selects it."""
+    chosen, settings, rest = parse_choices({"recipe": tuple(RECIPES)}, arguments)
+    recipe = chosen["recipe"]
+    config = parse_config(
+        RECIPES[recipe],
+        rest,
+        settings=settings,
+        description=f"Train an upsampler of a backbone's features. --recipe {' | '.join(RECIPES)}. "
+        f"The settings of {recipe}:",
+    )
+    return config, f"accelerate launch train_features.py --recipe {recipe}"
