@@ -6,10 +6,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "uplift_diffusers"
 
 LAYERS = [
-    {"_version", "runtime", "saving", "scale", "wording"},
-    {"images"},
-    {"models"},
-    {"tiling"},
+    {"_version", "arguments", "runtime", "saving", "wording"},
+    {"scale"},
+    {"images", "models", "tiling"},
     {"latent_space", "feature_space"},
     {"flow_matching", "cfm"},
     {"pipelines", "data"},

@@ -34,7 +34,7 @@ def test_a_compiled_model_is_one_graph_for_one_size_and_computes_the_same(model)
     latents, image = torch.randn(1, 4, 3, 4, generator=seeded()), torch.rand(1, 3, 24, 32, generator=seeded())
     outputs = []
     for network in (model, compiled, compiled):
-        outputs.append(upscale_raw_latents(latents, guide=image, upsampler=network, num_steps=2, generator=seeded(1)))
+        outputs.append(upscale_raw_latents(latents, image=image, upsampler=network, num_steps=2, generator=seeded(1)))
     for output in outputs[1:]:
         torch.testing.assert_close(output, outputs[0], rtol=0, atol=1e-5)
     assert len(graphs) == 1

@@ -9,7 +9,8 @@ from PIL import Image
 from tests import components
 from tests.components import VAES, count_calls, random_latents, seeded, smooth_images, state_of
 from uplift_diffusers import LatentSpace, UPLiFTLatentUpscalePipeline, UPLiFTTextToImagePipeline
-from uplift_diffusers.models.local_attention import match_channel_statistics
+from uplift_diffusers.latent_space import LatentCodec
+from uplift_diffusers.pipelines.upscale_stage import match_channel_statistics
 
 
 def make_pipeline(vae=None):
@@ -83,7 +84,7 @@ def test_scale_1_decodes_alone(pipe, monkeypatch):
 
 def test_an_image_alone_is_encoded_and_guides_itself(pipe):
     image = smooth_images(1, 32, 48)
-    latents = pipe.latent_space.scale(pipe.latent_space.encode(pipe.vae, image)).detach()
+    latents = pipe.latent_space.normalize(LatentCodec(pipe.vae).encode(image)).detach()
     torch.testing.assert_close(call(pipe, image=image), call(pipe, image=image, latents=latents), rtol=0, atol=1e-5)
 
 
@@ -171,13 +172,13 @@ def test_a_float16_variant_is_saved_and_loaded(tmp_path):
     assert UPLiFTLatentUpscalePipeline.from_pretrained(tmp_path, variant="fp16").upsampler.dtype == torch.float32
 
 
-def test_a_float16_vae_that_overflows_gives_the_float32_image_with_one_warning(recwarn):
+def test_a_float16_vae_that_overflows_gives_the_float32_image_with_one_warning(caplog):
     pipe = make_pipeline()
     pipe.vae.decoder.conv_in.weight.data *= 1e5 / pipe.vae.decoder.conv_in.weight.abs().max() / 4
     pipe.vae.half()
     guide, latents = smooth_images(1, 32, 48), random_latents(pipe)
     image = call(pipe, latents=latents, image=guide)
-    assert len([entry for entry in recwarn if "overflowed in float16" in str(entry.message)]) == 1
+    assert len([record for record in caplog.records if "overflowed in float16" in record.message]) == 1
     assert pipe.vae.dtype == torch.float16
     pipe.vae.float()
     torch.testing.assert_close(image, call(pipe, latents=latents, image=guide), rtol=0, atol=1e-4)

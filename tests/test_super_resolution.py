@@ -7,6 +7,7 @@ from PIL import Image
 
 from uplift_diffusers import AutoencoderLocal, UPLiFTModel, UPLiFTSuperResolutionPipeline
 from uplift_diffusers.images.convert import Picture, resize
+from uplift_diffusers.latent_space import LatentCodec
 from uplift_diffusers.pipelines.upscale_stage import decode_strips_to_scale
 from uplift_diffusers.scale import num_steps_for_scale, scaled_size
 
@@ -161,12 +162,14 @@ def test_tiles_do_not_change_the_image(pipe):
 
 @pytest.mark.parametrize("scale", [2, 2.6, 3])
 def test_strips_put_together_are_the_image_resized_at_once(pipe, scale):
-    space, size, num_steps = pipe.latent_space, (165, 302), num_steps_for_scale(scale)
+    size, num_steps = (165, 302), num_steps_for_scale(scale)
     latents = torch.randn(1, 48, 21 * 2**num_steps, 38 * 2**num_steps, generator=seeded())
-    settings = {"space": space, "vae": pipe.vae, "size": size, "num_steps": num_steps, "scale": scale}
-    strips = list(decode_strips_to_scale(latents, **settings, tile_size=64))
+    codec = LatentCodec(pipe.vae)
+    codec.vae.enable_tiling(96)
+    strips = list(decode_strips_to_scale(latents, codec=codec, size=size, num_steps=num_steps, scale=scale))
+    codec.vae.enable_tiling()
     assert len(strips) == (4 if scale == 2 else 1)
-    made = space.decode(pipe.vae, latents, tile_size=96)[..., : size[0] * 2**num_steps, : size[1] * 2**num_steps]
+    made = codec.decode(latents)[..., : size[0] * 2**num_steps, : size[1] * 2**num_steps]
     expected = resize(made, scaled_size(size, scale))
     torch.testing.assert_close(torch.cat(strips, dim=2), expected, rtol=0, atol=1e-6)
 
@@ -195,20 +198,50 @@ def test_a_large_image_is_never_there_as_floats(pipe):
                 sizes.append(result.shape[-2] * result.shape[-1])
             return result
 
+    pipe.vae.enable_tiling(96)
     with Watch():
         large = pipe(image=photograph(300, 300), scale=4, tile_size=64).images[0]
     assert large.size == (1200, 1200)
+    pipe.vae.enable_tiling()
     assert max(sizes) <= 96 * 1216  # a strip of padded tiles, wider than the image itself
 
 
 def test_large_images_are_enlarged_in_tiles_of_themselves(pipe):
     calls = []
-    handle = pipe.upsampler.register_forward_pre_hook(lambda *_: calls.append(1))
+    handle = pipe.upsampler.decoder.register_forward_pre_hook(lambda *_: calls.append(1))
     pipe(image=photograph(768, 16))
     assert len(calls) == 1
-    pipe(image=photograph(1200, 16))
+    pipe(image=photograph(1600, 16))
     assert len(calls) == 1 + 3
     handle.remove()
+
+
+def test_progress_is_told_and_can_end_the_work(pipe):
+    calls = []
+    pipe(image=[photograph(90, 60)] * 2, scale=4, tile_size=64, callback_on_progress=lambda *call: calls.append(call))
+    assert calls == [(done, 10) for done in range(1, 11)]  # twice: two tiles in two steps, and a strip
+
+    def stop(done, total):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        pipe(image=photograph(90, 60), callback_on_progress=stop)
+
+
+@pytest.mark.parametrize("number", [np.float32, np.int64])
+def test_numpy_scales_are_taken(pipe, number):
+    assert pipe(image=photograph(45, 30), scale=number(2), tile_size=np.int64(64)).images[0].size == (90, 60)
+
+
+def test_compiled_components_compute_the_same(pipe):
+    image, pieces = photograph(90, 60), {}
+    expected = pipe(image=image, generator=seeded(), output_type="np").images
+    compiled = UPLiFTSuperResolutionPipeline(
+        vae=torch.compile(pipe.vae, backend="eager"), upsampler=torch.compile(pipe.upsampler, backend="eager")
+    )
+    for tile_size in (None, 64):
+        pieces[tile_size] = compiled(image=image, generator=seeded(), tile_size=tile_size, output_type="np").images
+        np.testing.assert_allclose(pieces[tile_size], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("tile_size", "error"), [(63, ValueError), ("large", TypeError), (512.0, TypeError)])

@@ -1,15 +1,17 @@
-"""What a VAE's latents are, and encoding and decoding through any of diffusers' image autoencoders."""
+"""LatentSpace, what a VAE's latents are; LatentCodec, which runs any of diffusers' image autoencoders."""
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, ModelMixin
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import is_compiled_module
 
 from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
-from uplift_diffusers.tiling import decode_strips, decode_tiled, encode_tiled
+
+logger = logging.get_logger(__name__)
 
 Autoencoder = AutoencoderKL | AutoencoderTiny | AutoencoderDC | AutoencoderLocal
 
@@ -44,12 +46,13 @@ class LatentSpace:
         Args:
             vae: AutoencoderKL, AutoencoderTiny, AutoencoderDC or AutoencoderLocal.
             name: declares which space the VAE's latents belong to, for a VAE that cannot be told by its config: a
-                fine-tuned one, or an AutoencoderTiny, whose config does not say whose latents it speaks.
+                fine-tuned one, or an AutoencoderTiny, whose config does not say which VAE it stands in for.
         Raises:
             TypeError: another kind of VAE.
             ValueError: the VAE contradicts the space it is declared to be of, or normalizes its latents channel by
                 channel.
         """
+        vae = unwrap_compiled(vae)
         if not isinstance(vae, Autoencoder):
             raise TypeError(
                 "`vae` must be an AutoencoderKL, AutoencoderTiny, AutoencoderDC or AutoencoderLocal, "
@@ -75,99 +78,13 @@ class LatentSpace:
         space = cls("", channels, spatial_factor, scaling_factor, shift_factor)
         return cls(name or _identify(vae, space), channels, spatial_factor, scaling_factor, shift_factor)
 
-    def scale(self, raw_latents: torch.Tensor) -> torch.Tensor:
+    def normalize(self, raw_latents: torch.Tensor) -> torch.Tensor:
         """Raw latents -> latents as diffusers passes them between pipelines."""
         return (raw_latents - self.shift_factor) * self.scaling_factor
 
-    def unscale(self, latents: torch.Tensor) -> torch.Tensor:
+    def denormalize(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents as diffusers passes them between pipelines -> raw latents."""
         return latents / self.scaling_factor + self.shift_factor
-
-    def encode(self, vae: Autoencoder, image: torch.Tensor, *, tile_size: int | None = None) -> torch.Tensor:
-        """
-        Encode (B, 3, H, W) in [0, 1], H and W multiples of `spatial_factor`, to raw latents (B, C, h, w).
-
-        A KL autoencoder gives its posterior's mode: nothing here is random. What is said of float16 and of `tile_size`
-        at `decode` holds.
-        """
-
-        def encode(sample: torch.Tensor) -> torch.Tensor:
-            if tile_size is not None and isinstance(vae, AutoencoderLocal):
-                return encode_tiled(vae, sample, tile_size=tile_size)
-            output = vae.encode(sample)
-            if isinstance(vae, AutoencoderKL):
-                return output.latent_dist.mode()
-            if isinstance(vae, AutoencoderTiny):
-                return self.unscale(output.latents)
-            return output.latent
-
-        return self._run_finite(vae, encode, image * 2 - 1)
-
-    def native(self, vae: Autoencoder, raw_latents: torch.Tensor) -> torch.Tensor:
-        """Raw latents -> what `vae.decode` takes: the same, but for an AutoencoderTiny, which takes scaled ones."""
-        return self.scale(raw_latents) if isinstance(vae, AutoencoderTiny) else raw_latents
-
-    def decode(self, vae: Autoencoder, raw_latents: torch.Tensor, *, tile_size: int | None = None) -> torch.Tensor:
-        """
-        Decode raw latents (B, C, h, w) to float32 images (B, 3, H, W) in [0, 1].
-
-        A float16 VAE whose output is not finite runs again in float32, with a warning, and is float16 again when this
-        returns. The SDXL VAE runs in float32 at once where its config has `force_upcast`, as in diffusers' pipelines.
-        For other VAEs the flag says nothing, for it is AutoencoderKL's default.
-
-        Args:
-            vae: of this latent space, or an AutoencoderTiny that stands in for it, whose own scale is not looked at.
-            tile_size: edge of a tile in pixels of the image, for an AutoencoderLocal, which is exact in tiles. The
-                other VAEs see the whole picture, or what `vae.enable_tiling()` lets them see, which is not exact.
-        Raises:
-            ValueError: the output is not finite, in float32 either.
-        """
-
-        def decode(latents: torch.Tensor) -> torch.Tensor:
-            if tile_size is not None and isinstance(vae, AutoencoderLocal):
-                return decode_tiled(vae, latents, tile_size=tile_size)
-            return vae.decode(latents).sample
-
-        sample = self._run_finite(vae, decode, self.native(vae, raw_latents))
-        return (sample.float() / 2).add_(0.5).clamp_(0, 1)
-
-    def decode_strips(
-        self, vae: Autoencoder, raw_latents: torch.Tensor, *, tile_size: int | None = None
-    ) -> Iterator[torch.Tensor]:
-        """
-        The rows of what `decode` gives, from top to bottom.
-
-        Args, Raises: see `decode`.
-        Returns:
-            An iterator over (B, 3, rows, W). Where `tile_size` tells and the VAE is an AutoencoderLocal, a strip of
-            at most `tile_size` rows is decoded at a time; else there is one, the whole picture. So it is in float16,
-            where an overflow anywhere concerns all of it.
-        """
-        if tile_size is None or not isinstance(vae, AutoencoderLocal) or vae.dtype == torch.float16:
-            yield self.decode(vae, raw_latents, tile_size=tile_size)
-            return
-        for strip in decode_strips(vae, raw_latents.to(vae.dtype), tile_size=tile_size):
-            yield _check_finite(strip).float().div_(2).add_(0.5).clamp_(0, 1)
-
-    def _run_finite(
-        self, vae: Autoencoder, function: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor
-    ) -> torch.Tensor:
-        """function(sample) in the VAE's dtype, or in float32 where float16 overflows."""
-        overflows = self.name == "sdxl-vae" and getattr(vae.config, "force_upcast", False)
-        if not (vae.dtype == torch.float16 and overflows):
-            output = function(sample.to(vae.dtype))
-            if _is_finite(output):
-                return output
-            if vae.dtype == torch.float16:
-                warnings.warn(
-                    "`vae` overflowed in float16 and runs again in float32. Load it in float32 or bfloat16, or use "
-                    "one made for float16, to save the time.",
-                    stacklevel=2,
-                )
-        if vae.dtype == torch.float16:
-            with _in_float32(vae):
-                output = function(sample.float())
-        return _check_finite(output)
 
     def check_latents(self, latents: torch.Tensor) -> None:
         """Raise TypeError unless `latents` are a tensor, ValueError unless they are finite and (B, channels, h, w)."""
@@ -211,6 +128,114 @@ KNOWN_SPACES = {
     )
 }
 """Latent spaces told by channels, spatial factor, scale and shift; sd15-vae is also Stable Diffusion 1.x and 2.x."""
+
+
+class LatentCodec:
+    """
+    Encodes and decodes through one VAE, between images in [0, 1] and raw latents.
+
+    A float16 VAE whose output is not finite runs again in float32, with a warning, and is float16 again afterwards.
+    The SDXL VAE runs in float32 at once if its config has `force_upcast`, as in diffusers' pipelines. For other VAEs
+    the flag says nothing, for it is AutoencoderKL's default.
+
+    Args:
+        vae: AutoencoderKL, AutoencoderTiny, AutoencoderDC or AutoencoderLocal.
+        latent_space: the space, or the name of the space, that the VAE's latents belong to, where its config does not
+            say it; see `LatentSpace.of`.
+    Raises:
+        TypeError, ValueError: as `LatentSpace.of`.
+    """
+
+    def __init__(self, vae: Autoencoder, latent_space: LatentSpace | str | None = None):
+        self.vae = vae
+        self.space = latent_space if isinstance(latent_space, LatentSpace) else LatentSpace.of(vae, latent_space)
+
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        """
+        Encode (B, 3, H, W) in [0, 1], H and W multiples of `spatial_factor`, to raw latents (B, C, h, w).
+
+        A KL autoencoder gives its posterior's mode: nothing here is random.
+
+        Raises:
+            ValueError: the output is not finite, in float32 either.
+        """
+
+        def encode(sample: torch.Tensor) -> torch.Tensor:
+            output = self.vae.encode(sample)
+            if hasattr(output, "latent_dist"):
+                return output.latent_dist.mode()
+            if hasattr(output, "latents"):  # an AutoencoderTiny's, which are scaled
+                return self.space.denormalize(output.latents)
+            return output.latent
+
+        return self._run_finite(encode, image * 2 - 1)
+
+    def native(self, raw_latents: torch.Tensor) -> torch.Tensor:
+        """Raw latents -> what `vae.decode` takes: the same, but for an AutoencoderTiny, which takes scaled ones."""
+        is_tiny = isinstance(unwrap_compiled(self.vae), AutoencoderTiny)
+        return self.space.normalize(raw_latents) if is_tiny else raw_latents
+
+    def decode(self, raw_latents: torch.Tensor) -> torch.Tensor:
+        """
+        Decode raw latents (B, C, h, w) to float32 images (B, 3, H, W) in [0, 1].
+
+        Raises:
+            ValueError: the output is not finite, in float32 either.
+        """
+        sample = self._run_finite(lambda latents: self.vae.decode(latents).sample, self.native(raw_latents))
+        return _to_image(sample)
+
+    def count_strips(self, size: tuple[int, int]) -> int:
+        """How many strips `decode_strips` gives for latents of `size` (h, w)."""
+        if self._decodes_in_strips:
+            return self.vae.count_strips(size)
+        return 1
+
+    @property
+    def _decodes_in_strips(self) -> bool:
+        return hasattr(self.vae, "decode_strips") and self.vae.dtype != torch.float16
+
+    def decode_strips(self, raw_latents: torch.Tensor) -> Iterator[torch.Tensor]:
+        """
+        The rows of what `decode` gives, from top to bottom.
+
+        Returns:
+            An iterator over (B, 3, rows, W): strips if the VAE decodes in strips, else the whole picture. It is whole
+            in float16 too, where an overflow anywhere concerns all of it.
+        """
+        if not self._decodes_in_strips:
+            yield self.decode(raw_latents)
+            return
+        for strip in self.vae.decode_strips(raw_latents.to(self.vae.dtype)):
+            yield _to_image(_check_finite(strip))
+
+    def _run_finite(self, function: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
+        """function(sample) in the VAE's dtype, or in float32 where float16 overflows."""
+        vae = self.vae
+        overflows = self.space.name == "sdxl-vae" and getattr(vae.config, "force_upcast", False)
+        if not (vae.dtype == torch.float16 and overflows):
+            output = function(sample.to(vae.dtype))
+            if _is_finite(output):
+                return output
+            if vae.dtype == torch.float16:
+                logger.warning(
+                    "`vae` overflowed in float16 and runs again in float32. Load it in float32 or bfloat16, or use "
+                    "one made for float16, to save the time."
+                )
+        if vae.dtype == torch.float16:
+            with _in_float32(vae):
+                output = function(sample.float())
+        return _check_finite(output)
+
+
+def unwrap_compiled(model: ModelMixin) -> ModelMixin:
+    """The model that `torch.compile` was given, or `model` if it is not compiled."""
+    return model._orig_mod if is_compiled_module(model) else model
+
+
+def _to_image(sample: torch.Tensor) -> torch.Tensor:
+    """What a VAE decodes to, about [-1, 1] -> float32 in [0, 1]."""
+    return (sample.float() / 2).add_(0.5).clamp_(0, 1)
 
 
 def _is_finite(output: torch.Tensor) -> bool:

@@ -1,17 +1,16 @@
 """The scale of an upscaling: what is allowed, the 2x steps it takes, and the scale that reaches a wanted size."""
 
 import math
-from numbers import Integral, Real
+
+from uplift_diffusers.arguments import read_number, read_whole_number
 
 MAX_SCALE = 16
+MAX_MEGAPIXELS = 1e6
 
 
-def check_scale(scale: float) -> None:
-    """Raise TypeError or ValueError unless `scale` is a number from 1 to 16; numpy's numbers are numbers."""
-    if isinstance(scale, bool) or not isinstance(scale, Real):
-        raise TypeError(f"`scale` must be a number, got {type(scale).__name__}.")
-    if not 1 <= scale <= MAX_SCALE:  # False for NaN too
-        raise ValueError(f"`scale` must be from 1 to {MAX_SCALE}, got {scale}.")
+def read_scale(scale: float) -> float:
+    """`scale` as a float. Raise TypeError or ValueError unless it is a number from 1 to 16."""
+    return read_number("scale", scale, minimum=1, maximum=MAX_SCALE)
 
 
 def num_steps_for_scale(scale: float, *, latent_output: bool = False) -> int:
@@ -27,7 +26,7 @@ def num_steps_for_scale(scale: float, *, latent_output: bool = False) -> int:
         TypeError: not a number.
         ValueError: out of range, NaN, or no power of two where one is needed.
     """
-    check_scale(scale)
+    scale = read_scale(scale)
     num_steps = math.ceil(math.log2(scale))
     if latent_output and scale != 2**num_steps:
         raise ValueError(
@@ -77,17 +76,15 @@ def resolve_scale(
             f"got {', '.join(given) or 'none'}."
         )
     if scale is not None:
-        check_scale(scale)
-        return float(scale)
+        return read_scale(scale)
     if megapixels is not None:
-        _check_above_zero("megapixels", megapixels, Real)
+        megapixels = read_number("megapixels", megapixels, minimum=0, maximum=MAX_MEGAPIXELS)
         return _in_range(math.sqrt(megapixels * 1e6 / (size[0] * size[1])), size, f"{megapixels:g} megapixels")
     if long_side is not None:
-        _check_above_zero("long_side", long_side, Integral)
+        long_side = read_whole_number("long_side", long_side)
         return _in_range(long_side / max(size), size, f"a long side of {long_side} pixels")
-    for name, value in (("width", width), ("height", height)):
-        if value is not None:
-            _check_above_zero(name, value, Integral)
+    height = None if height is None else read_whole_number("height", height)
+    width = None if width is None else read_whole_number("width", width)
     scales = ([] if height is None else [height / size[0]]) + ([] if width is None else [width / size[1]])
     wanted = " and ".join(f"a {name} of {value}" for name, value in (("width", width), ("height", height)) if value)
     return _in_range(min(scales), size, f"{wanted} pixels")
@@ -118,14 +115,6 @@ def check_output_size(
     height, width = scaled_size(size, scale)
     if max_edge is not None and max(width, height) > max_edge:
         raise ValueError(f"the output of {width} x {height} pixels has an edge over the {max_edge} of a {kind}.")
-
-
-def _check_above_zero(name: str, value: float, kind: type) -> None:
-    if isinstance(value, bool) or not isinstance(value, kind):
-        what = "a whole number" if kind is Integral else "a number"
-        raise TypeError(f"`{name}` must be {what}, got {type(value).__name__}.")
-    if not 0 < value < math.inf:
-        raise ValueError(f"`{name}` must be above 0, got {value}.")
 
 
 def _in_range(scale: float, size: tuple[int, int], wanted: str) -> float:

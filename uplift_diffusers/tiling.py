@@ -1,168 +1,89 @@
 """
 Exact tiled execution: the output of the whole picture, with the memory of a tile.
 
-A tile is cut out with as much of its surroundings as it depends on, which follows from the layers
-(`UPLiFTModel.plan_windows`, `AutoencoderLocal.decoder_reach`). Zero padding spoils the surroundings only, and at the
-picture's own border there are none, so the picture's padding stays as it is. What depends on the place in the picture,
-noise and the bilinear interpolation of the decoder, is given the place. The rest is float32 rounding.
+A tile is cut out with as much of its surroundings as it depends on, its halo, which follows from the layers
+(`UPLiFTModel.step_reach`, `UPLiFTModel.guide_reach`, `AutoencoderLocal.decoder_reach`). Zero padding spoils only the
+halo. At the picture's own border there is no halo, and the picture's padding stays as it is. What depends on the place
+in the picture, noise and the bilinear interpolation of the decoder, is given the place. The rest is float32 rounding.
 
-A tile of the picture is carried through the encoder and all steps, with the halos of all steps around it, rather than
-through one step at a time with the encoder run anew for each. In multiply-adds, for tiles of 512 px:
-
-| model | steps | whole, G per latent | carried | encoded anew |
-| --- | --- | --- | --- | --- |
-| SD1.5 | 2 | 1.36 | 1.61x | 1.99x |
-| SD1.5 | 3 | 4.04 | 1.34x | 1.57x |
-| embedded | 2 | 0.040 | 1.21x | 1.23x |
-| embedded | 3 | 0.163 | 1.12x | 1.11x |
+A tile is carried through the encoder and all steps, with the halos of all steps around it, and cropped after every
+step to what the next ones need.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from diffusers.utils.torch_utils import is_compiled_module
 
-from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
-from uplift_diffusers.models.upsampler import Generator, UPLiFTModel
-from uplift_diffusers.models.window import Span, Window
+from uplift_diffusers.arguments import read_whole_number
 
-
-@torch.no_grad()
-def upsample_tiled(
-    model: UPLiFTModel,
-    raw_latents: torch.Tensor,
-    *,
-    image: torch.Tensor,
-    num_steps: int = 1,
-    generator: Generator = None,
-    tile_size: int,
-) -> torch.Tensor:
-    """
-    `model(raw_latents, image=image, num_steps=num_steps, generator=generator).sample`, tile by tile.
-
-    Beside latents, image and noise, which have few channels, memory depends on `tile_size` alone. Noise is drawn for
-    the whole picture, as the model draws it.
-
-    Args:
-        model: in evaluation mode where it has batch norms.
-        raw_latents: (B, C, h, w) float, unscaled.
-        image: (B, 3, h * spatial_factor, w * spatial_factor) float in [0, 1]; may lie on another device.
-        num_steps: number of 2x steps, >= 1.
-        generator: one generator, or one for each item of the batch.
-        tile_size: largest edge of a tile in pixels of `image`, at least the model's `spatial_factor`. It does not
-            change the output. A tile is computed with its halo: below a few hundred pixels most of the work is halo.
-    Returns:
-        (B, C, h * 2**num_steps, w * 2**num_steps), dtype and device of `raw_latents`, without gradient.
-    Raises:
-        TypeError: `tile_size` is not a whole number.
-        ValueError: as `UPLiFTModel.forward`; `tile_size` is too small; the model depends on more than a
-            neighbourhood.
-    """
-    model.check_inputs(raw_latents, image, num_steps, generator)
-    _check_local(model)
-    edge = _tile_edge(tile_size, model.config.spatial_factor)
-
-    batch, channels, height, width = raw_latents.shape
-    scale = 2**num_steps
-    noise = list(model.draw_noise(raw_latents, num_steps, generator))
-    output = raw_latents.new_empty(batch, channels, height * scale, width * scale)
-    whole = Window.whole((height * scale, width * scale))
-    for row in _tiles((height, width), edge):
-        for tile in row:
-            target = tile.finer(scale)
-            sample = model(raw_latents, image=image, num_steps=num_steps, noise=noise, window=target).sample
-            whole.crop(output, target).copy_(sample)
-    return output
+if TYPE_CHECKING:
+    from uplift_diffusers.models.upsampler import Generator, StepNoise, UPLiFTModel
 
 
-@torch.no_grad()
-def encode_tiled(vae: AutoencoderLocal, sample: torch.Tensor, *, tile_size: int) -> torch.Tensor:
-    """
-    `vae.encode(sample).latent`, tile by tile.
+class Span(NamedTuple):
+    """Positions from `start` up to, but not including, `stop` of an axis of `size` positions."""
 
-    Args:
-        vae: an AutoencoderLocal.
-        sample: (B, 3, H, W) float in [-1, 1], H and W multiples of 8.
-        tile_size: largest edge of a tile in pixels, at least 8.
-    Returns:
-        (B, C, H/8, W/8) raw latents, without gradient.
-    Raises:
-        TypeError: another kind of VAE; `tile_size` is not a whole number.
-        ValueError: `tile_size` is too small, or `sample` is not as above.
-    """
-    _check_vae(vae)
-    factor = vae.spatial_factor
-    edge = _tile_edge(tile_size, factor)
-    vae.check_sample(sample)
+    start: int
+    stop: int
+    size: int
 
-    whole = Window.whole((sample.shape[2] // factor, sample.shape[3] // factor))
-    output = sample.new_empty(sample.shape[0], vae.config.latent_channels, *whole.shape)
-    for row in _tiles(whole.shape, edge):
-        for tile in row:
-            seen = tile.grow(vae.encoder_reach)
-            latents = vae.encode(whole.finer(factor).crop(sample, seen.finer(factor))).latent
-            whole.crop(output, tile).copy_(seen.crop(latents, tile))
-    return output
+    def grow(self, reach: int) -> "Span":
+        """Extended by `reach` on both sides, as far as the axis goes."""
+        return Span(max(self.start - reach, 0), min(self.stop + reach, self.size), self.size)
+
+    def finer(self, factor: int) -> "Span":
+        """The same stretch of an axis with `factor` positions in place of one."""
+        return Span(self.start * factor, self.stop * factor, self.size * factor)
+
+    def cover(self, factor: int) -> "Span":
+        """The cells of `factor` positions that the span touches."""
+        return Span(self.start // factor, -(-self.stop // factor), self.size // factor)
 
 
-@torch.no_grad()
-def decode_tiled(vae: AutoencoderLocal, raw_latents: torch.Tensor, *, tile_size: int) -> torch.Tensor:
-    """
-    `vae.decode(raw_latents).sample`, tile by tile.
+class Window(NamedTuple):
+    """A rectangle of a grid."""
 
-    Args, Raises: see `decode_strips`.
-    Returns:
-        (B, 3, 8h, 8w), about [-1, 1], not clamped, without gradient.
-    """
-    strips = decode_strips(vae, raw_latents, tile_size=tile_size)  # checks its arguments
-    batch, _, height, width = raw_latents.shape
-    output = raw_latents.new_empty(batch, 3, height * vae.spatial_factor, width * vae.spatial_factor)
-    top = 0
-    for strip in strips:
-        output[..., top : top + strip.shape[2], :] = strip
-        top += strip.shape[2]
-    return output
+    rows: Span
+    columns: Span
 
+    @classmethod
+    def whole(cls, size: tuple[int, int]) -> "Window":
+        """All of a grid of `size` (height, width)."""
+        return cls(Span(0, size[0], size[0]), Span(0, size[1], size[1]))
 
-def decode_strips(vae: AutoencoderLocal, raw_latents: torch.Tensor, *, tile_size: int) -> Iterator[torch.Tensor]:
-    """
-    The rows of `vae.decode(raw_latents).sample` from top to bottom, a strip at a time, each decoded tile by tile.
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
 
-    A picture that is written strip by strip never lies in memory whole.
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """Its rows and columns in the grid."""
+        return slice(self.rows.start, self.rows.stop), slice(self.columns.start, self.columns.stop)
 
-    Args:
-        vae: an AutoencoderLocal.
-        raw_latents: (B, C, h, w) float, unscaled.
-        tile_size: largest edge of a tile in pixels of the decoded picture, at least 8; also the largest height of a
-            strip.
-    Returns:
-        An iterator over (B, 3, rows, 8w), about [-1, 1], not clamped, without gradient.
-    Raises:
-        TypeError: another kind of VAE; `tile_size` is not a whole number.
-        ValueError: `tile_size` is too small, or `raw_latents` is not as above. Both are raised by the call itself.
-    """
-    _check_vae(vae)
-    edge = _tile_edge(tile_size, vae.spatial_factor)
-    vae.check_latents(raw_latents)
-    return _decode_strips(vae, raw_latents, edge)
+    def grow(self, reach: int) -> "Window":
+        """Extended by `reach` on all sides, as far as the grid goes."""
+        return Window(self.rows.grow(reach), self.columns.grow(reach))
+
+    def finer(self, factor: int) -> "Window":
+        """The same rectangle of a grid with `factor` x `factor` positions in place of one."""
+        return Window(self.rows.finer(factor), self.columns.finer(factor))
+
+    def cover(self, factor: int) -> "Window":
+        """The cells of `factor` x `factor` positions that the window touches."""
+        return Window(self.rows.cover(factor), self.columns.cover(factor))
+
+    def crop(self, features: torch.Tensor, inner: "Window") -> torch.Tensor:
+        """The part `inner` of `features` (..., H, W), which fill this window: a view."""
+        top, left = inner.rows.start - self.rows.start, inner.columns.start - self.columns.start
+        height, width = inner.shape
+        return features[..., top : top + height, left : left + width]
 
 
-def _decode_strips(vae: AutoencoderLocal, raw_latents: torch.Tensor, edge: int) -> Iterator[torch.Tensor]:
-    whole = Window.whole(tuple(raw_latents.shape[2:]))
-    batch, factor = raw_latents.shape[0], vae.spatial_factor
-    for row in _tiles(whole.shape, edge):
-        rows = Window(row[0].rows, whole.columns)
-        height, width = rows.finer(factor).shape
-        strip = raw_latents.new_empty(batch, 3, height, width)
-        for tile in row:
-            seen = tile.grow(vae.decoder_reach)
-            with torch.no_grad():  # not around the yield, where it would reach into the caller
-                sample = vae.decode(whole.crop(raw_latents, seen), margins=seen.margins(tile)).sample
-                rows.finer(factor).crop(strip, tile.finer(factor)).copy_(sample)
-        yield strip
-
-
-def _tiles(size: tuple[int, int], edge: int) -> list[list[Window]]:
+def split_into_tiles(size: tuple[int, int], edge: int) -> list[list[Window]]:
     """Rows of windows that share a grid of `size` among them: as few as `edge` allows, as equal as they can be."""
     rows, columns = (
         [Span(length * index // count, length * (index + 1) // count, length) for index in range(count)]
@@ -171,19 +92,199 @@ def _tiles(size: tuple[int, int], edge: int) -> list[list[Window]]:
     return [[Window(row, column) for column in columns] for row in rows]
 
 
-def _tile_edge(tile_size: int, spatial_factor: int) -> int:
-    """The edge of a tile in latents."""
-    if isinstance(tile_size, bool) or not isinstance(tile_size, int):
-        raise TypeError(f"`tile_size` must be a whole number of pixels, got {tile_size!r}.")
-    if tile_size < spatial_factor:
-        raise ValueError(
-            f"`tile_size` must be at least the {spatial_factor} pixels of one latent, got {tile_size}. "
-            "512 is a good start."
+def run_on_tile(
+    function: Callable[[torch.Tensor], torch.Tensor],
+    values: torch.Tensor,
+    tile: Window,
+    *,
+    halo: int,
+    input_factor: int = 1,
+    output_factor: int = 1,
+) -> torch.Tensor:
+    """
+    The part of `function(values)` that stands for `tile`.
+
+    Args:
+        function: of (B, C, H, W), with an output that depends only on its neighbourhood.
+        values: (B, C, H, W), the whole picture.
+        tile: of a grid with a cell for every `input_factor` positions of `values` along each axis.
+        halo: cells to each side on which an output depends.
+        input_factor, output_factor: positions of input and output for one cell.
+    """
+    seen = tile.grow(halo)
+    whole = Window.whole((tile.rows.size, tile.columns.size))
+    result = function(whole.finer(input_factor).crop(values, seen.finer(input_factor)))
+    return seen.finer(output_factor).crop(result, tile.finer(output_factor))
+
+
+def tile_edge(tile_size: int, spatial_factor: int) -> int:
+    """
+    The edge of a tile in latents.
+
+    Raises:
+        TypeError: `tile_size`, in pixels, is not a whole number.
+        ValueError: it is less than a latent.
+    """
+    return read_whole_number("tile_size", tile_size, minimum=spatial_factor) // spatial_factor
+
+
+@torch.no_grad()
+def upsample_tiled(
+    model: "UPLiFTModel",
+    raw_latents: torch.Tensor,
+    *,
+    image: torch.Tensor,
+    num_steps: int = 1,
+    generator: "Generator" = None,
+    tile_size: int,
+    callback_on_step: Callable[[], None] | None = None,
+) -> torch.Tensor:
+    """
+    `model(raw_latents, image=image, num_steps=num_steps, generator=generator).sample`, tile by tile.
+
+    Args:
+        model, raw_latents, image, num_steps, generator, tile_size: as for `iterate_tiles`.
+        callback_on_step: called after every step of every tile. What it raises ends the work.
+    Returns:
+        (B, C, h * 2**num_steps, w * 2**num_steps), dtype and device of `raw_latents`, without gradient.
+    Raises:
+        TypeError, ValueError: as `iterate_tiles`.
+    """
+    output = None
+    for tile, sample in iterate_tiles(
+        model,
+        raw_latents,
+        image=image,
+        num_steps=num_steps,
+        generator=generator,
+        tile_size=tile_size,
+        callback_on_step=callback_on_step,
+    ):
+        if output is None:
+            output = sample.new_empty(*sample.shape[:2], tile.rows.size, tile.columns.size)
+        output[..., tile.slices[0], tile.slices[1]] = sample
+    assert output is not None  # there is at least one tile
+    return output
+
+
+def iterate_tiles(
+    model: "UPLiFTModel",
+    raw_latents: torch.Tensor,
+    *,
+    image: torch.Tensor,
+    num_steps: int = 1,
+    generator: "Generator" = None,
+    tile_size: int,
+    callback_on_step: Callable[[], None] | None = None,
+) -> Iterator[tuple[Window, torch.Tensor]]:
+    """
+    The tiles of `model(raw_latents, image=image, num_steps=num_steps, generator=generator).sample`, row by row.
+
+    Beside latents, image and noise, which have few channels, memory depends only on `tile_size`. Noise is drawn for
+    the whole picture, as the model draws it.
+
+    Args:
+        model: in evaluation mode if it has batch norms. If it is compiled, tiles are computed by compiled code too.
+        raw_latents: (B, C, h, w) float, unscaled.
+        image: (B, 3, h * spatial_factor, w * spatial_factor) float in [0, 1]; may lie on another device.
+        num_steps: number of 2x steps, >= 1.
+        generator: one generator, or one for each item of the batch.
+        tile_size: largest edge of a tile in pixels of `image`, at least the model's `spatial_factor`. It does not
+            change the output. A tile is computed with its halo: below a few hundred pixels most of the work is halo.
+        callback_on_step: called after every step of every tile. What it raises ends the work.
+    Returns:
+        An iterator over (window, sample): the tile's window in the output, and (B, C, *window.shape) without gradient.
+    Raises:
+        TypeError: `tile_size` or `num_steps` is not a whole number.
+        ValueError: as `UPLiFTModel.forward`; `tile_size` is too small; the model depends on more than a
+            neighbourhood.
+    """
+    encode, step = model.encode, model.step
+    if is_compiled_module(model):
+        # As torch.compile(model) compiles only `forward`. Sizes are dynamic, so that the second tile compiles nothing.
+        encode, step = (torch.compile(function, dynamic=True) for function in (model.encode, model.step))
+    num_steps = model.check_inputs(raw_latents, image, num_steps, generator)
+    _check_local(model)
+    edge = tile_edge(tile_size, model.config.spatial_factor)
+    tiles = [tile for row in split_into_tiles(tuple(raw_latents.shape[2:]), edge) for tile in row]
+
+    def watched_step(*arguments) -> torch.Tensor:
+        result = step(*arguments)
+        if callback_on_step is not None:
+            callback_on_step()
+        return result
+
+    def compute() -> Iterator[tuple[Window, torch.Tensor]]:
+        noise = list(model.draw_noise(raw_latents, num_steps, generator))
+        for tile in tiles:
+            with torch.no_grad():  # not around the yield, where it would reach into the caller
+                sample = _upsample_tile(model, encode, watched_step, raw_latents, image, noise, tile)
+            yield tile.finer(2**num_steps), sample
+
+    return compute()
+
+
+def step_halos(model: "UPLiFTModel", num_steps: int) -> list[int]:
+    """Positions to each side of a tile that are needed before every step and, none, after the last one."""
+    halos = [0]
+    for _ in range(num_steps):
+        halos.append(model.step_reach(halos[-1]))
+    return halos[::-1]
+
+
+def _upsample_tile(
+    model: "UPLiFTModel",
+    encode: Callable,
+    step: Callable,
+    raw_latents: torch.Tensor,
+    image: torch.Tensor,
+    noise: list["StepNoise"],
+    tile: Window,
+) -> torch.Tensor:
+    """`model.forward` on the window `tile` of the model's input."""
+    factor, whole = model.config.spatial_factor, Window.whole((tile.rows.size, tile.columns.size))
+    halos = step_halos(model, len(noise))
+    window = tile.grow(halos[0])  # of the latents, on the grid before the step
+    latents = whole.crop(raw_latents, window).contiguous(memory_format=torch.channels_last)
+    maps = seen = None
+    for index, step_noise in enumerate(noise):
+        level, finer = 2**index, 2 ** (index + 1)
+        if maps is None or seen is None or model.config.reencode_image:
+            seen = window.cover(level).grow(model.guide_reach(index))  # of the image, in latents of the input
+            part = whole.finer(factor).crop(image, seen.finer(factor))
+            maps = encode(part.to(raw_latents), step=index, num_steps=len(noise))
+        guide = model.guide(maps, seen.finer(level).shape)
+        guide = guide._replace(
+            coarse=seen.finer(level).crop(guide.coarse, window),
+            fine=seen.finer(finer).crop(guide.fine, window.finer(2)),
+            refiner=seen.finer(finer).crop(guide.refiner, window.finer(2)),
+            estimate=_crop_optional(seen.finer(finer), guide.estimate, window.finer(2)),
         )
-    return tile_size // spatial_factor
+        step_noise = step_noise._replace(
+            coarse=whole.finer(level).crop(step_noise.coarse, window),
+            fine=whole.finer(finer).crop(step_noise.fine, window.finer(2)),
+            refiner=_crop_optional(whole.finer(finer), step_noise.refiner, window.finer(2)),
+        )
+        latents = step(latents, guide, step_noise, _place(window, latents.device))
+        needed = tile.finer(finer).grow(halos[index + 1])
+        latents = window.finer(2).crop(latents, needed)
+        window = needed
+    return latents
 
 
-def _check_local(model: UPLiFTModel) -> None:
+def _place(window: Window, device: torch.device) -> torch.Tensor | None:
+    """See `interpolate_2x`; None for the whole picture."""
+    rows, columns = window
+    if window.shape == (rows.size, columns.size):
+        return None
+    return torch.tensor([rows.start, columns.start, rows.size, columns.size], device=device)
+
+
+def _crop_optional(outer: Window, features: torch.Tensor | None, inner: Window) -> torch.Tensor | None:
+    return None if features is None else outer.crop(features, inner)
+
+
+def _check_local(model: "UPLiFTModel") -> None:
     config = model.config
     if model.training and config.norm_type == "batch_norm":
         raise ValueError(
@@ -196,13 +297,4 @@ def _check_local(model: UPLiFTModel) -> None:
         raise ValueError(
             "`model` must resize its image by a ratio whose inverse is exact in binary, as 16/14, got "
             f"{config.encoder_spatial_factor}/{config.spatial_factor}. Run it without tiles."
-        )
-
-
-def _check_vae(vae: AutoencoderLocal) -> None:
-    if not isinstance(vae, AutoencoderLocal):
-        raise TypeError(
-            f"`vae` must be an AutoencoderLocal, the only one with a receptive field known here, got "
-            f"{type(vae).__name__}. No tile is exact where attention or group norms see the whole picture; diffusers' "
-            "own `vae.enable_tiling()` is the inexact alternative."
         )

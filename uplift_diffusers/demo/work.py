@@ -1,12 +1,11 @@
 """What the tabs do: enlarge picture files, compare methods, make a picture of a prompt."""
 
-import math
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
 
 SEED = 0
 """Of the noise, as `uplift-diffusers upscale` has it by default."""
-
-STAGES = {"Encoding": 0.06, "Enlarging": 0.32, "Decoding": 0.62}
-"""The stages of an enlargement and what share of the time they take with the embedded bundle."""
 
 PREVIEW_PX = 1024
 
@@ -112,10 +108,9 @@ def _enlarge_file(
     scale: float,
     max_pixels: int,
 ) -> Enlarged:
-    job.plan(STAGES, prefix=prefix)
+    job.plan({"Enlarging": 1}, prefix=prefix)
     opened = _open(job, source, scale=scale, max_pixels=max_pixels)
-    with following(job, pipeline, size=opened.image.size[::-1], scale=scale) as options:
-        image = pipeline(image=opened.image, scale=scale, generator=_generator(), **options).images[0]
+    image = _enlarge(job, opened.image, pipeline=pipeline, scale=scale)
     job.aside(save_image, image, target, metadata=opened.metadata)
     original = job.folder / "original" / target.name
     original.parent.mkdir(exist_ok=True)
@@ -148,33 +143,27 @@ def compare_methods(
     import torch.nn.functional as F
 
     from uplift_diffusers.images.convert import Picture, assemble_pil, pad_to_multiple, read_pictures, resize
-    from uplift_diffusers.pipelines.upscale_stage import decode_strips_to_scale, resolve_tile_size
+    from uplift_diffusers.latent_space import LatentCodec
+    from uplift_diffusers.pipelines.upscale_stage import Progress, decode_strips_to_scale
 
-    job.plan({"Interpolating": 0.4, **{stage: 0.6 * share for stage, share in STAGES.items()}})
+    job.plan({"Interpolating": 0.4, "Enlarging": 0.6})
     opened = _open(job, source, scale=scale, max_pixels=max_pixels)
     color = read_pictures(opened.image)[0].color  # (3, h, w)
     size = tuple(color.shape[1:])
     large = (size[0] * scale, size[1] * scale)
-    space, tile_size = pipeline.latent_space, resolve_tile_size("auto", size)
+    codec = LatentCodec(pipeline.vae, pipeline.latent_space)
 
     images = {"Bicubic": job.aside(lambda: Picture(resize(color[None], large)[0]).to_pil())}
-    stages = {"Decoding": "Interpolating"}
-    with torch.no_grad(), following(job, pipeline, size=size, scale=scale, stages=stages):
-        padded = pad_to_multiple(color[None].to(pipeline.device), space.spatial_factor)
-        raw_latents = space.encode(pipeline.vae, padded, tile_size=tile_size).float()
+    with torch.no_grad(), following(job, "Interpolating", pipeline.vae) as advance:
+        padded = pad_to_multiple(color[None].to(pipeline.device), codec.space.spatial_factor)
+        raw_latents = codec.encode(padded).float()
         raw_latents = F.interpolate(raw_latents, scale_factor=scale, mode="bilinear")
+        progress = Progress(advance, codec.count_strips(tuple(raw_latents.shape[2:])))
         strips = decode_strips_to_scale(
-            raw_latents,
-            space=space,
-            vae=pipeline.vae,
-            size=size,
-            num_steps=num_steps_for_scale(scale),
-            scale=scale,
-            tile_size=tile_size,
+            raw_latents, codec=codec, size=size, num_steps=num_steps_for_scale(scale), scale=scale, progress=progress
         )
         images["Latents, bilinear"] = assemble_pil((strip[0].cpu() for strip in strips), large)
-    with following(job, pipeline, size=size, scale=scale) as options:
-        images["UPLiFT"] = pipeline(image=color, scale=scale, generator=_generator(), **options).images[0]
+    images["UPLiFT"] = _enlarge(job, color, pipeline=pipeline, scale=scale)
 
     panes = []
     for label, image in images.items():
@@ -214,8 +203,10 @@ def create(job: Job, request: Request, *, pipeline: "UPLiFTTextToImagePipeline",
     """
     import torch
 
-    space = pipeline.latent_space
-    edge = pipeline.unet.config.sample_size * space.spatial_factor
+    from uplift_diffusers.latent_space import LatentCodec
+
+    codec = LatentCodec(pipeline.vae, pipeline.latent_space)
+    edge = pipeline.unet.config.sample_size * codec.space.spatial_factor
     check_output_size((edge, edge), request.scale, max_pixels=max_pixels)
     num_refining = int(request.steps * request.refinement)
     job.plan({"Denoising": request.steps, "Refining": num_refining * request.scale**2, "Decoding": 2})
@@ -244,7 +235,7 @@ def create(job: Job, request: Request, *, pipeline: "UPLiFTTextToImagePipeline",
         )
         if any(output.nsfw_content_detected or ()):
             raise ValueError("the safety checker held the picture back. Try another seed or another prompt.")
-        small = space.decode(pipeline.vae, space.unscale(denoised.float()))
+        small = codec.decode(codec.space.denormalize(denoised.float()))
     job.advance("Decoding", 1)
     images = {"small": pipeline.image_processor.postprocess(small * 2 - 1)[0], "large": output.images[0]}
     panes = []
@@ -294,10 +285,14 @@ def _as_shown(image: Image.Image) -> Image.Image:
     return image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)).convert(mode)
 
 
-def _generator() -> "torch.Generator":
+def _enlarge(
+    job: Job, image: "Image.Image | torch.Tensor", *, pipeline: "UPLiFTSuperResolutionPipeline", scale: float
+) -> Image.Image:
     import torch
 
-    return torch.Generator().manual_seed(SEED)  # on the CPU: the same noise on every device
+    generator = torch.Generator().manual_seed(SEED)  # on the CPU: the same noise on every device
+    with following(job, "Enlarging", pipeline.vae, pipeline.upsampler) as advance:
+        return pipeline(image=image, scale=scale, generator=generator, callback_on_progress=advance).images[0]
 
 
 def _free_path(path: Path) -> Path:
@@ -309,50 +304,12 @@ def _free_path(path: Path) -> Path:
 
 
 @contextmanager
-def following(
-    job: Job,
-    pipeline: "UPLiFTSuperResolutionPipeline",
-    *,
-    size: tuple[int, int],
-    scale: float,
-    stages: "dict[str, str] | None" = None,
-) -> Iterator[dict[str, Any]]:
+def following(job: Job, stage: str, *modules: "torch.nn.Module") -> Iterator[Callable[[int, int], None]]:
     """
-    Within the block, `job` follows what `pipeline` does, tile by tile, and can stop it at every layer.
+    Within the block, `job` follows a pipeline through `stage`, and can stop it at every layer of `modules`.
 
-    This is the only place that knows how a pipeline is watched.
-
-    Args:
-        job: advanced in its stages.
-        size: (height, width) in pixels of the picture that is enlarged.
-        scale: of the enlargement.
-        stages: the job's name of each stage that is followed: `Encoding`, `Enlarging`, `Decoding`; None for all.
     Returns:
-        What the pipeline has to be called with besides.
+        What the pipeline takes as `callback_on_progress`.
     """
-    factor = pipeline.latent_space.spatial_factor
-    latents = math.prod(-(-length // factor) for length in size)
-    enlarged = latents * 4 ** num_steps_for_scale(scale)
-    networks = {  # of every stage, and how many positions it makes of the picture
-        "Encoding": (pipeline.vae.encoder, latents),
-        "Enlarging": (pipeline.upsampler, enlarged),
-        "Decoding": (pipeline.vae.decoder, enlarged * factor**2),
-    }
-    names = dict(zip(networks, networks)) if stages is None else stages
-    done = dict.fromkeys(names, 0)
-
-    def counter(stage):
-        def count(module, arguments, output):
-            tensor = getattr(output, "sample", output)  # (1, C, height, width)
-            done[stage] += tensor.shape[2] * tensor.shape[3]
-            job.advance(names[stage], done[stage] / networks[stage][1])
-
-        return count
-
-    hooks = [networks[stage][0].register_forward_hook(counter(stage)) for stage in names]
-    try:
-        with stoppable(job, *(module for module, _ in networks.values())):
-            yield {}
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with stoppable(job, *modules):
+        yield lambda done, total: job.advance(stage, done / total)

@@ -1,18 +1,22 @@
 """A small, strictly local autoencoder: a linear block code plus convolutional residuals on both sides."""
 
+from collections.abc import Iterator
+
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, EncoderOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from uplift_diffusers.models.blocks import run_trimmed
-from uplift_diffusers.models.window import NO_MARGINS, Margins, trim
+from uplift_diffusers.tiling import Window, run_on_tile, split_into_tiles, tile_edge
+
+TILE_SIZE = 768
+"""Edge of a tile in pixels: larger ones have less halo and take more memory."""
 
 
 class ResidualBlock(nn.Module):
-    """x + conv3x3(relu(conv3x3(x))); no norm, so that an output depends on its neighbourhood alone."""
+    """x + conv3x3(relu(conv3x3(x))); no norm, so that an output depends only on its neighbourhood."""
 
     reach = 2
 
@@ -72,35 +76,27 @@ class ConvolutionalDecoder(nn.Module):
         nn.init.zeros_(self.conv_out.bias)
 
     @property
-    def fine_reach(self) -> int:
-        """Latents to each side on which an output depends by the layers after the 2x."""
-        positions = 1 + sum(block.reach for block in self.fine)
-        return -(-positions // 2)
-
-    @property
     def reach(self) -> int:
         """Latents to each side on which an output depends."""
-        return 1 + sum(block.reach for block in self.coarse) + self.fine_reach
+        fine = 1 + sum(block.reach for block in self.fine)  # two positions are a latent
+        return 1 + sum(block.reach for block in self.coarse) + -(-fine // 2)
 
-    def forward(self, latents: torch.Tensor, margins: Margins = NO_MARGINS) -> torch.Tensor:
-        """(B, latent_channels, h, w) -> (B, 3, 8h, 8w) without `margins`, which are in latents."""
-        kept = tuple(min(margin, self.fine_reach) for margin in margins)
-        cut = tuple(margin - keep for margin, keep in zip(margins, kept))
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
         hidden = latents.contiguous(memory_format=torch.channels_last)
-        hidden = run_trimmed([self.conv_in, *self.coarse], hidden, cut)  # (B, coarse, h, w)
+        hidden = self.coarse(self.conv_in(hidden))  # (B, coarse, h, w)
         hidden = self.upsample(hidden)  # (B, fine, 2h, 2w)
-        hidden = run_trimmed([*self.fine, self.conv_out], hidden, tuple(2 * keep for keep in kept))
-        return self.shuffle(hidden)
+        return self.shuffle(self.conv_out(self.fine(hidden)))
 
 
-class AutoencoderLocal(ModelMixin, ConfigMixin):
+class AutoencoderLocal(ModelMixin, AutoencoderMixin, ConfigMixin):
     r"""
     The autoencoder of the embedded bundle, with the interface of diffusers' deterministic autoencoders.
 
     The code is linear at its core: an 8x8 convolution with stride 8 and its transpose, which [`fit_linear_code`]
     sets to the principal components of 8x8 RGB blocks. A convolutional encoder and decoder stand beside it, start at
     zero, and learn what the linear code cannot say. There is no attention and no norm over space, so every output
-    pixel depends on a bounded neighbourhood of the input.
+    pixel depends on a bounded neighbourhood of the input, and tiles are exact. They are on from the start, where no
+    gradient is asked for; `disable_tiling()` turns them off.
 
     Args:
         latent_channels (`int`): channels of the latents.
@@ -112,6 +108,8 @@ class AutoencoderLocal(ModelMixin, ConfigMixin):
     """
 
     spatial_factor = 8
+    _no_split_modules = ["ResidualBlock"]  # noqa: RUF012 - lists, as diffusers has them
+    _repeated_blocks = ["ResidualBlock"]  # noqa: RUF012
 
     @register_to_config
     def __init__(
@@ -141,6 +139,17 @@ class AutoencoderLocal(ModelMixin, ConfigMixin):
         self.encoder = ConvolutionalEncoder(latent_channels, block_out_channels, encoder_layers_per_block)
         self.linear_decoder = nn.ConvTranspose2d(latent_channels, 3, factor, stride=factor)
         self.decoder = ConvolutionalDecoder(latent_channels, block_out_channels, decoder_layers_per_block)
+        self.enable_tiling()
+
+    def enable_tiling(self, tile_size: int = TILE_SIZE) -> None:
+        """
+        Encode and decode in tiles, which bounds the memory and changes the output only by float32 rounding.
+
+        Args:
+            tile_size: largest edge of a tile in pixels, at least 8.
+        """
+        self.tile_edge = tile_edge(tile_size, self.spatial_factor)
+        self.use_tiling = True
 
     @property
     def encoder_reach(self) -> int:
@@ -156,22 +165,77 @@ class AutoencoderLocal(ModelMixin, ConfigMixin):
     def encode(self, sample: torch.Tensor, return_dict: bool = True) -> EncoderOutput | tuple[torch.Tensor]:
         """Encode (B, 3, H, W) in [-1, 1], H and W multiples of 8, to raw latents (B, C, H/8, W/8)."""
         self.check_sample(sample)
-        latent = self.linear_encoder(sample) + self.encoder(sample)
+        size = (sample.shape[2] // self.spatial_factor, sample.shape[3] // self.spatial_factor)
+        if self._is_tiled(size):
+            latent = sample.new_empty(len(sample), self.config.latent_channels, *size)
+            for row in self._tiles(size):
+                for tile in row:
+                    latent[..., tile.slices[0], tile.slices[1]] = run_on_tile(
+                        self._encode, sample, tile, halo=self.encoder_reach, input_factor=self.spatial_factor
+                    )
+        else:
+            latent = self._encode(sample)
         return EncoderOutput(latent=latent) if return_dict else (latent,)
 
     @apply_forward_hook
-    def decode(
-        self, latents: torch.Tensor, return_dict: bool = True, *, margins: Margins = NO_MARGINS
-    ) -> DecoderOutput | tuple[torch.Tensor]:
+    def decode(self, latents: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
+        """Decode raw latents (B, C, h, w) to (B, 3, 8h, 8w), about [-1, 1], not clamped."""
+        self.check_latents(latents)
+        if self._is_tiled(tuple(latents.shape[2:])):
+            height, width = (length * self.spatial_factor for length in latents.shape[2:])
+            sample, top = latents.new_empty(len(latents), 3, height, width), 0
+            for strip in self.decode_strips(latents):
+                sample[:, :, top : top + strip.shape[2]] = strip
+                top += strip.shape[2]
+        else:
+            sample = self._decode(latents)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def count_strips(self, size: tuple[int, int]) -> int:
+        """How many strips `decode_strips` gives for latents of `size` (h, w)."""
+        return len(self._tiles(size))
+
+    def decode_strips(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         """
-        Decode raw latents (B, C, h, w) to (B, 3, 8h, 8w), about [-1, 1], not clamped.
+        The rows of what `decode` gives, from top to bottom, so that a large picture need not lie in memory whole.
 
         Args:
-            margins: latents at the top, bottom, left and right that are there as neighbours and are not decoded.
+            latents: raw, (B, C, h, w).
+        Returns:
+            An iterator over (B, 3, rows, 8w), about [-1, 1], not clamped, without gradient: a row of tiles each, or
+            the whole if tiling is off.
+        Raises:
+            ValueError: `latents` cannot be decoded; raised by the call itself.
         """
         self.check_latents(latents)
-        sample = self.linear_decoder(trim(latents, margins)) + self.decoder(latents, margins)
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
+        return self._decode_strips(latents)
+
+    def _decode_strips(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+        size = tuple(latents.shape[2:])
+        for row in self._tiles(size):
+            height = (row[0].rows.stop - row[0].rows.start) * self.spatial_factor
+            strip, left = latents.new_empty(len(latents), 3, height, size[1] * self.spatial_factor), 0
+            for tile in row:
+                with torch.no_grad():  # not around the yield, where it would reach into the caller
+                    sample = run_on_tile(
+                        self._decode, latents, tile, halo=self.decoder_reach, output_factor=self.spatial_factor
+                    )
+                strip[..., left : left + sample.shape[3]] = sample
+                left += sample.shape[3]
+            yield strip
+
+    def _tiles(self, size: tuple[int, int]) -> list[list[Window]]:
+        return split_into_tiles(size, self.tile_edge if self.use_tiling else max(size))
+
+    def _is_tiled(self, size: tuple[int, int]) -> bool:
+        """Whether a picture of `size` (h, w) latents is worked on in tiles, which have no gradient."""
+        return self.use_tiling and max(size) > self.tile_edge and not torch.is_grad_enabled()
+
+    def _encode(self, sample: torch.Tensor) -> torch.Tensor:
+        return self.linear_encoder(sample) + self.encoder(sample)
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.linear_decoder(latents) + self.decoder(latents)
 
     def check_sample(self, sample: torch.Tensor) -> None:
         """Raise ValueError unless `sample` can be encoded."""

@@ -1,12 +1,8 @@
 """Convolution and norm blocks of UPLiFT."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from uplift_diffusers.models.window import NO_MARGINS, Margins, trim
 
 
 class ChannelLayerNorm(nn.LayerNorm):
@@ -40,33 +36,8 @@ def add_shared_channels(hidden: torch.Tensor, residual: torch.Tensor) -> torch.T
     return hidden
 
 
-def run_trimmed(layers: Sequence[nn.Module], hidden: torch.Tensor, margins: Margins) -> torch.Tensor:
-    """
-    Run zero-padded layers on a window, and cut `margins` off as soon as no later layer needs them.
-
-    At the picture's own border there is no margin, and zero padding is what the whole picture has there. Elsewhere it
-    spoils as many positions as the layers reach, which the margins must hold.
-
-    Args:
-        layers: each with `reach`, how many positions away its input is felt, or a convolution.
-        hidden: (B, C, H, W).
-        margins: positions to cut off in the end.
-    Returns:
-        (B, D, H - margins, W - margins).
-    """
-    reaches = [layer.kernel_size[0] // 2 if isinstance(layer, nn.Conv2d) else layer.reach for layer in layers]
-    needed = sum(reaches)
-    for layer, reach in zip(layers, reaches, strict=True):
-        hidden = layer(hidden)
-        needed -= reach
-        spare = tuple(max(margin - needed, 0) for margin in margins)
-        hidden = trim(hidden, spare)
-        margins = tuple(margin - cut for margin, cut in zip(margins, spare))
-    return hidden
-
-
 class SampledConv2d(nn.Conv2d):
-    """A 3x3 convolution without bias that can be asked for every `stride`-th position alone."""
+    """A 3x3 convolution without bias that can be asked for every `stride`-th position only."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, 3, padding=1, bias=False)
@@ -122,16 +93,8 @@ class ConvGroup(nn.Module):
         """Positions to each side on which an output depends."""
         return sum(layer.reach for layer in self.layers)
 
-    def forward(self, hidden: torch.Tensor, stride: int = 1, margins: Margins = NO_MARGINS) -> torch.Tensor:
-        """
-        (B, in, H, W) -> (B, out, H, W).
-
-        Args:
-            stride: give every `stride`-th position alone.
-            margins: what to cut off, see `run_trimmed`; for stride 1.
-        """
-        if margins != NO_MARGINS:
-            return run_trimmed(self.layers, hidden, margins)
+    def forward(self, hidden: torch.Tensor, stride: int = 1) -> torch.Tensor:
+        """(B, in, H, W) -> (B, out, ceil(H/stride), ceil(W/stride)): every `stride`-th position of the full output."""
         for index, layer in enumerate(self.layers):
             inputs = (hidden, stride if index == len(self.layers) - 1 else 1)
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -139,3 +102,46 @@ class ConvGroup(nn.Module):
             else:
                 hidden = layer(*inputs)
         return hidden
+
+
+def resample_nearest(features: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """
+    Resample (B, C, H, W) to `size` by nearest neighbour: output i takes input floor(i * in / out).
+
+    Whole reductions are strided views without a copy.
+    """
+    height, width = features.shape[2:]
+    if height % size[0] == 0 and width % size[1] == 0:
+        return features[..., :: height // size[0], :: width // size[1]]
+    return F.interpolate(features, size=size, mode="nearest")
+
+
+def interpolate_2x(values: torch.Tensor, place: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    2x bilinear interpolation with `align_corners=True`, of a whole picture or of a part of one.
+
+    Of n positions, output i is read at i (n - 1) / (2n - 1), so the weights depend on the place in the whole. They are
+    rounded as F.interpolate rounds them, to float32: the exact ones differ from its by 2e-4 at n = 1500, and tiles
+    would show. Inside the whole, the outermost two outputs of a part lack a neighbour and are wrong.
+
+    Args:
+        values: (B, C, H, W) float.
+        place: (4,) integers: row and column of `values[..., 0, 0]` in the whole, and the whole's rows and columns.
+            A tensor, so that a compiled model is not compiled again for every place. None: `values` are the whole.
+    Returns:
+        (B, C, 2H, 2W), dtype of `values`.
+    """
+    if place is None:
+        return F.interpolate(values, scale_factor=2, mode="bilinear", align_corners=True)
+    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+    result = values.to(dtype)
+    for dim, first, count in ((2, place[0], place[2]), (3, place[1], place[3])):
+        size = values.shape[dim]
+        outputs = torch.arange(2 * size, device=values.device) + 2 * first  # places in the whole
+        source = outputs.to(dtype) * ((count - 1).to(dtype) / (2 * count - 1).to(dtype))
+        lower = source.floor()
+        weight = (source - lower).unflatten(0, (-1,) + (1,) * (3 - dim))
+        upper = torch.minimum(lower + 1, count - 1)
+        lower, upper = ((index.long() - first).clamp(0, size - 1) for index in (lower, upper))
+        result = torch.lerp(result.index_select(dim, lower), result.index_select(dim, upper), weight)
+    return result.to(values.dtype)

@@ -1,7 +1,9 @@
 """Published reference checkpoint -> UPLiFTModel: names and shapes checked one by one."""
 
+import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -21,18 +23,33 @@ _DINO = {
     "norm_type": "batch_norm",
 }
 
-VARIANTS: dict[str, dict] = {
+CONFIGS: dict[str, dict] = {
     "sd15-vae": {},  # the defaults of UPLiFTModel
     "dinov2-s14": {**_DINO, "latent_space": "dinov2-s14", "spatial_factor": 14},
     "dinov3-splus16": {**_DINO, "latent_space": "dinov3-splus16", "spatial_factor": 16},
 }
-"""Configurations of the published checkpoints, by the name that `from_single_file` takes."""
+"""Constructor arguments of the published networks, by the name that `from_single_file` takes as `config`."""
 
-_REPOSITORY_NAMES = {
-    "uplift_sd1.5vae": "sd15-vae",
-    "uplift_dinov2-s14": "dinov2-s14",
-    "uplift_dinov3-splus16": "dinov3-splus16",
+
+class Published(NamedTuple):
+    """
+    A repository of the paper's authors.
+
+    Args:
+        filename: of the weights in it.
+        config: the network's name in `CONFIGS`.
+    """
+
+    filename: str
+    config: str
+
+
+PUBLISHED = {
+    "UPLiFT-upsampler/uplift_sd1.5vae": Published("uplift_sd1.5vae.safetensors", "sd15-vae"),
+    "UPLiFT-upsampler/uplift_dinov2-s14": Published("uplift_dinov2-s14.safetensors", "dinov2-s14"),
+    "UPLiFT-upsampler/uplift_dinov3-splus16": Published("uplift_dinov3-splus16.safetensors", "dinov3-splus16"),
 }
+"""Published checkpoints by their repository on the hub."""
 
 _BLOCKS = (
     (r"encoder\.block_(\d+)\.blocks\.(\d+)\.conv", r"encoder.blocks.\1.layers.\2"),
@@ -47,9 +64,20 @@ _LAYERS = (
 )
 
 
-def variant_from_name(name: str) -> str | None:
-    """The variant that a repository or file of the authors' is named after, or None."""
-    return _REPOSITORY_NAMES.get(Path(name).name.removesuffix(".safetensors"))
+def config_from_filename(path: str | os.PathLike) -> str:
+    """
+    The name in `CONFIGS` of the network that the authors published under a file's name.
+
+    Raises:
+        ValueError: no such name.
+    """
+    for published in PUBLISHED.values():
+        if Path(path).name == published.filename:
+            return published.config
+    raise ValueError(
+        f"`config` must be given for `{Path(path).name}`, which is not the name of a published checkpoint. "
+        f"Pass one of {tuple(CONFIGS)}."
+    )
 
 
 def load_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
@@ -108,7 +136,7 @@ def _convert_name(name: str, reference: dict[str, torch.Tensor]) -> str:
     raise ValueError(f"`{name}` is not a parameter of a published UPLiFT checkpoint.")
 
 
-def check_state_dict(converted: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], *, variant: str) -> None:
+def check_state_dict(converted: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     """Raise ValueError, naming the first differences, unless names and shapes are exactly `expected`."""
     shapes = {name: tuple(tensor.shape) for name, tensor in converted.items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
@@ -121,4 +149,4 @@ def check_state_dict(converted: dict[str, torch.Tensor], expected: dict[str, tor
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"The checkpoint is not a {variant!r} UPLiFT: {'; '.join(problems[:3])}{more}.")
+        raise ValueError(f"The checkpoint does not fit `config`: {'; '.join(problems[:3])}{more}.")

@@ -4,11 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from uplift_diffusers.models.window import Window
-
-BICUBIC_REACH_PX = 2
-"""Pixels to each side that a bicubic enlargement reads."""
-
 
 class ImageResidual(nn.Module):
     """
@@ -23,38 +18,25 @@ class ImageResidual(nn.Module):
         spatial_factor: image pixels per latent position, an even number.
     """
 
-    reach = 1
-    """Positions to each side that an output depends on."""
-
     def __init__(self, latent_channels: int, spatial_factor: int):
         super().__init__()
         self.patch_size = spatial_factor // 2
-        self.conv = nn.Conv2d(3 * self.patch_size**2, latent_channels, 2 * self.reach + 1)
+        self.conv = nn.Conv2d(3 * self.patch_size**2, latent_channels, 3)
 
-    def forward(self, image: torch.Tensor, step: int, target: Window) -> torch.Tensor:
-        """
-        (B, 3, H, W) in [0, 1], the whole picture -> (B, C, h, w), the estimate on `target` of the step's output grid.
-
-        `step` counts from 0. Beyond its border the picture goes on as its outermost pixels.
-        """
+    def forward(self, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, C, *size), the estimate on the grid of the step's output."""
         # In full precision under autocast too: the brightness of the picture goes through here.
         with torch.autocast(image.device.type, enabled=False):
-            return F.conv2d(self.patches(image, step, target), self.conv.weight, self.conv.bias)
+            return self.conv(self.patches(image, size))
 
-    def patches(self, image: torch.Tensor, step: int, target: Window) -> torch.Tensor:
-        """What the convolution reads: (B, 3 * patch_size**2, h + 2, w + 2), of values in [-1, 1]."""
-        magnification = 2**step
-        seen = target.grow(self.reach)
-        seen_px = seen.finer(self.patch_size)
-        cells = seen_px.cover(magnification)
-        if magnification > 1:
-            cells = cells.grow(BICUBIC_REACH_PX)
-        image = Window.whole(tuple(image.shape[2:])).crop(image, cells).to(self.conv.weight) * 2 - 1
+    def patches(self, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """What the convolution reads: (B, 3 * patch_size**2, h + 2, w + 2) for `size` (h, w), values in [-1, 1]."""
+        image = image.to(self.conv.weight.dtype) * 2 - 1
+        magnification = size[0] * self.patch_size // image.shape[2]
         if magnification > 1:
             image = F.interpolate(image, scale_factor=magnification, mode="bicubic")
-        image = cells.finer(magnification).crop(image, seen_px)
-        top, bottom, left, right = (self.patch_size * (self.reach - margin) for margin in seen.margins(target))
-        image = F.pad(image, (left, right, top, bottom), mode="replicate")
+        # Beyond its border the picture goes on as its outermost pixels.
+        image = F.pad(image, (self.patch_size,) * 4, mode="replicate")
         return F.pixel_unshuffle(image, self.patch_size)
 
     @torch.no_grad()
@@ -67,9 +49,8 @@ class ImageResidual(nn.Module):
         """
         rows = cross = 0
         for image, latents in pairs:
-            patches = self.patches(image, 0, Window.whole(tuple(latents.shape[2:])))
             # In double precision, which not every accelerator has.
-            features = F.unfold(patches.cpu().double(), 2 * self.reach + 1)
+            features = F.unfold(self.patches(image, tuple(latents.shape[2:])).cpu().double(), 3)
             features = torch.cat([features, torch.ones_like(features[:, :1])], dim=1).transpose(1, 2).flatten(0, 1)
             rows = rows + features.T @ features
             cross = cross + features.T @ latents.cpu().double().flatten(2).transpose(1, 2).flatten(0, 1)

@@ -1,7 +1,10 @@
-"""Parameter-free tensor operations of UPLiFT: neighbourhoods, local attention, nearest resampling."""
+"""The Local Attender: neighbourhoods, the pooling operator, and the layer that predicts its weights."""
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+from uplift_diffusers.models.blocks import ChannelLayerNorm, add_shared_channels
 
 _NEIGHBORHOOD_RULES = {
     5: lambda dy, dx: abs(dy) + abs(dx) <= 1,
@@ -73,73 +76,39 @@ def local_attention(logits: torch.Tensor, values: torch.Tensor, neighborhood: in
     return F.pixel_shuffle(pooled.flatten(1, 2), factor)  # (B, C, cH, cW)
 
 
-def resample_nearest(features: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+class LocalAttender(nn.Module):
     """
-    Resample (B, C, H, W) to `size` by nearest neighbour: output i takes input floor(i * in / out).
-
-    Whole reductions are strided views without a copy.
-    """
-    height, width = features.shape[2:]
-    if height % size[0] == 0 and width % size[1] == 0:
-        return features[..., :: height // size[0], :: width // size[1]]
-    return F.interpolate(features, size=size, mode="nearest")
-
-
-def match_channel_statistics(values: torch.Tensor, reference: torch.Tensor, factor: float) -> torch.Tensor:
-    """
-    Move the mean and standard deviation of every channel of `values` towards those of `reference`.
-
-    values + factor * ((values - mean(values)) * std(reference) / std(values) + mean(reference) - values), over the
-    positions of each item and channel. Where a channel of `values` is constant its mean moves alone.
+    Pools the values around each cell with softmax weights that a 1x1 convolution predicts from the guide.
 
     Args:
-        values: (B, C, H, W) float.
-        reference: (B, C, h, w) float.
-        factor: 0 gives `values`, 1 the statistics of `reference`.
-    Returns:
-        (B, C, H, W), dtype of `values`, computed in float32.
-    Source: AdaIN, Huang and Belongie 2017, equation 8; the blend is that of diffusers' LTXLatentUpsamplePipeline.
+        guide_channels: channels of the guide.
+        neighborhood: number of values that are pooled, see `neighborhood_offsets`.
+        residual: add the guide to the logits, as every block of the published checkpoints adds its input. Otherwise
+            the guide is normalised before the convolution, which starts at zero: flat weights, from which attention
+            can be learnt. A large guide that is added saturates the softmax.
+    Source: Walmer et al. 2026, section 3.2.
     """
-    if factor == 0:
-        return values
-    std, mean = torch.std_mean(values.float(), dim=(2, 3), correction=0, keepdim=True)  # (B, C, 1, 1)
-    reference_std, reference_mean = torch.std_mean(reference.float(), dim=(2, 3), correction=0, keepdim=True)
-    matched = (values.float() - mean) * (reference_std / std.clamp_min(1e-5)) + reference_mean
-    return torch.lerp(values.float(), matched, factor).to(values.dtype)
 
+    def __init__(self, guide_channels: int, neighborhood: int, *, residual: bool = True):
+        super().__init__()
+        self.neighborhood = neighborhood
+        self.norm = None if residual else ChannelLayerNorm(guide_channels)
+        self.conv = nn.Conv2d(guide_channels, neighborhood, 1)
+        if not residual:
+            nn.init.zeros_(self.conv.weight)
+            nn.init.zeros_(self.conv.bias)
 
-def interpolate_window_2x(
-    values: torch.Tensor,
-    *,
-    origin: tuple[int, int],
-    size: tuple[int, int],
-    rows: tuple[int, int],
-    columns: tuple[int, int],
-) -> torch.Tensor:
-    """
-    A window of F.interpolate(whole, scale_factor=2, mode="bilinear", align_corners=True), from a window of `whole`.
+    @property
+    def reach(self) -> int:
+        """Values to each side on which an output depends."""
+        return max(abs(dy) for dy, _ in neighborhood_offsets(self.neighborhood))
 
-    Of n positions, output i is read at i (n - 1) / (2n - 1), so the weights depend on the place in the whole. They are
-    rounded as F.interpolate rounds them, to float32: the exact ones differ from its by 2e-4 at n = 1500, and tiles
-    would show.
+    def logits(self, guide: torch.Tensor) -> torch.Tensor:
+        """(B, G, H, W) -> (B, n, H, W), the logarithms of the weights before they are normalised."""
+        if self.norm is not None:
+            return self.conv(self.norm(guide))
+        return add_shared_channels(self.conv(guide), guide)
 
-    Args:
-        values: (B, C, H, W) float, a window of the whole.
-        origin: row and column of `values[..., 0, 0]` in the whole.
-        size: height and width of the whole.
-        rows: first row of the output's window and the one after its last.
-        columns: the same for columns.
-    Returns:
-        (B, C, rows, columns), dtype of `values`.
-    """
-    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-    window = values.to(dtype)
-    for dim, first, count, (start, stop) in ((2, origin[0], size[0], rows), (3, origin[1], size[1], columns)):
-        numerator, denominator = torch.tensor([count - 1, 2 * count - 1], dtype=dtype)
-        source = torch.arange(start, stop, dtype=dtype) * (numerator / denominator)
-        lower = source.long()
-        weight = (source - lower).to(values.device).unflatten(0, (-1,) + (1,) * (3 - dim))
-        upper = (lower + 1).clamp_max(count - 1)
-        lower, upper = (lower - first).to(values.device), (upper - first).to(values.device)
-        window = torch.lerp(window.index_select(dim, lower), window.index_select(dim, upper), weight)
-    return window.to(values.dtype)
+    def forward(self, guide: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """(B, G, cH, cW) and (B, C, H, W) -> (B, C, cH, cW)."""
+        return local_attention(self.logits(guide), values, self.neighborhood)

@@ -11,27 +11,21 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub.errors import HTTPError
+from huggingface_hub import hf_hub_download
 from torch import nn
 
-from uplift_diffusers.models.blocks import NORMS, ConvGroup, add_shared_channels, run_trimmed
+from uplift_diffusers.arguments import read_whole_number
+from uplift_diffusers.models.blocks import NORMS, ConvGroup, interpolate_2x, resample_nearest
 from uplift_diffusers.models.conversion import (
-    VARIANTS,
+    CONFIGS,
+    PUBLISHED,
     check_state_dict,
+    config_from_filename,
     convert_state_dict,
     load_safetensors,
-    variant_from_name,
 )
-from uplift_diffusers.models.hub import CheckpointSource
 from uplift_diffusers.models.image_residual import ImageResidual
-from uplift_diffusers.models.local_attention import (
-    NEIGHBORHOODS,
-    interpolate_window_2x,
-    local_attention,
-    neighborhood_offsets,
-    resample_nearest,
-)
-from uplift_diffusers.models.window import NO_MARGINS, Margins, Span, Window, trim
+from uplift_diffusers.models.local_attention import NEIGHBORHOODS, LocalAttender
 
 Generator = torch.Generator | list[torch.Generator] | None
 
@@ -55,7 +49,7 @@ class UPLiFTOutput(BaseOutput):
 
 class StepNoise(NamedTuple):
     """
-    The noise of one 2x step for the whole picture, in the order in which it is drawn.
+    The noise of one 2x step from (h, w) to (2h, 2w), in the order in which it is drawn.
 
     Args:
         coarse: (B, noise_channels, h, w), of the decoder before the 2x.
@@ -68,51 +62,36 @@ class StepNoise(NamedTuple):
     refiner: torch.Tensor | None
 
 
-class StepWindows(NamedTuple):
+class GuideMaps(NamedTuple):
     """
-    What each part of one 2x step has to see so that its output is exact on a window.
+    What the encoder makes of the image.
 
     Args:
-        entered: latents, and the decoder before the 2x, at the step's input resolution; the rest is at its output's.
-        upsampled: the decoder after the 2x.
-        attended: the Local Attender's output and the refiner's input.
-        refined: the step's output.
-    """
-
-    entered: Window
-    upsampled: Window
-    attended: Window
-    refined: Window
-
-
-class Guides(NamedTuple):
-    """
-    Guide maps of a part of the picture, at `positions` x `positions` positions for a latent of the model's input.
-
-    Args:
-        before_last: (B, G, H, W), the encoder's map before the last.
+        before_last: (B, G, H, W), its map before the last.
         last: (B, G', H, W), its last map.
-        cells: the part of the picture, in latents of the model's input.
-        positions: see above.
+        image: (B, 3, h * spatial_factor, w * spatial_factor), the image in [0, 1].
     """
 
     before_last: torch.Tensor
     last: torch.Tensor
-    cells: Window
-    positions: int
-
-    def sample(self, features: torch.Tensor, window: Window) -> torch.Tensor:
-        """`before_last` or `last` at `window` of a grid of any resolution, by nearest neighbour."""
-        # Nearest sampling repeats itself from latent to latent, so whole latents may be cut out before it.
-        level = window.grid[0] // self.cells.grid[0]
-        cells = window.cover(level)
-        features = self.cells.finer(self.positions).crop(features, cells.finer(self.positions))
-        features = resample_nearest(features, cells.finer(level).shape)
-        return cells.finer(level).crop(features, window)
+    image: torch.Tensor
 
 
-ENCODER_BAND = 2**16
-"""Patches that the encoder works on at a time where no gradient is asked for: its maps are the largest there are."""
+class StepGuide(NamedTuple):
+    """
+    The guide of one 2x step from (h, w) to (2h, 2w).
+
+    Args:
+        coarse: (B, G', h, w), of the decoder before the 2x.
+        fine: (B, G, 2h, 2w), of the decoder after it.
+        refiner: (B, G', 2h, 2w), of the refiner.
+        estimate: (B, C, 2h, 2w), what the image says linearly of the step's result; None without an `ImageResidual`.
+    """
+
+    coarse: torch.Tensor
+    fine: torch.Tensor
+    refiner: torch.Tensor
+    estimate: torch.Tensor | None
 
 
 class UPLiFTEncoder(nn.Module):
@@ -151,42 +130,11 @@ class UPLiFTEncoder(nn.Module):
 
     def forward(self, image: torch.Tensor, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, 3, H, W) -> the map before the last and the last one, every `stride`-th position of each."""
-        height, width = (size // self.patch_size for size in image.shape[2:])
-        bands = 1 if self.training or torch.is_grad_enabled() else -(-height * width // ENCODER_BAND)
-        if bands > 1:
-            return self._encode_bands(image, stride, -(-height // (bands * stride)) * stride)
-        hidden = self._embed(image)
+        hidden = image if self.stem is None else self.stem(image.contiguous(memory_format=torch.channels_last))
+        hidden = self.patches(hidden).contiguous(memory_format=torch.channels_last)
         for block in self.blocks[:-1]:
             hidden = block(hidden)
         return hidden[..., ::stride, ::stride], self.blocks[-1](hidden, stride)
-
-    def _embed(self, image: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) -> (B, D, H / patch_size, W / patch_size), what the first group is given."""
-        hidden = image if self.stem is None else self.stem(image.contiguous(memory_format=torch.channels_last))
-        return self.patches(hidden).contiguous(memory_format=torch.channels_last)
-
-    def _encode_bands(self, image: torch.Tensor, stride: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same, `rows` rows of patches at a time, a multiple of `stride`, exact by a halo as in `tiling`."""
-        pixels = Window.whole(tuple(image.shape[2:]))
-        whole = pixels.cover(self.patch_size)
-        layers = [layer for block in self.blocks[:-1] for layer in block.layers]
-        # Halos are multiples of the stride too, so that the same positions are sampled.
-        last_halo = -(-self.blocks[-1].reach // stride) * stride
-        halo = last_halo + -(-sum(layer.reach for layer in layers) // stride) * stride
-        stem_halo = -(-self.stem.reach // self.patch_size) if self.stem is not None else 0
-        maps = []
-        for start in range(0, whole.rows.size, rows):
-            band = Window(Span(start, min(start + rows, whole.rows.size), whole.rows.size), whole.columns)
-            outer, inner = (Window(band.rows.grow(reach), band.columns) for reach in (halo, last_halo))
-            embedded = Window(outer.rows.grow(stem_halo), outer.columns)
-            hidden = embedded.crop(self._embed(pixels.crop(image, embedded.finer(self.patch_size))), outer)
-            seen = run_trimmed(layers, hidden, outer.margins(inner))
-            before_last = inner.crop(seen, band)[..., ::stride, ::stride]
-            top = (band.rows.start - inner.rows.start) // stride
-            last = self.blocks[-1](seen, stride)[:, :, top : top + before_last.shape[2]]
-            maps.append((before_last.contiguous(memory_format=torch.channels_last), last))
-        before_last, last = zip(*maps, strict=True)
-        return torch.cat(before_last, dim=2), torch.cat(last, dim=2)
 
 
 class UPLiFTDecoder(nn.Module):
@@ -219,50 +167,17 @@ class UPLiFTDecoder(nn.Module):
         fine_guide: torch.Tensor,
         coarse_noise: torch.Tensor,
         fine_noise: torch.Tensor,
-        *,
-        windows: StepWindows,
+        place: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         (B, C, h, w) and guides and noise at (h, w) and (2h, 2w) -> (B, channels, 2h, 2w).
 
-        Latents and what is coarse fill `windows.entered`, what is fine `windows.upsampled`, the output
-        `windows.attended`.
-        """
-        source, target = windows.upsampled.interpolated_from(), windows.upsampled
-        hidden = self.coarse(
-            _concatenate(latents, coarse_guide, coarse_noise), margins=windows.entered.margins(source)
-        )
-        hidden = source.finer(2).crop(self.upsample(hidden), target) + _interpolate_2x(hidden, source, target)
-        return self.fine(_concatenate(hidden, fine_guide, fine_noise), margins=target.margins(windows.attended))
-
-
-class LocalAttender(nn.Module):
-    """Pools the values around each cell with weights that a 1x1 convolution predicts from the guide."""
-
-    def __init__(self, guide_channels: int, neighborhood: int):
-        super().__init__()
-        self.neighborhood = neighborhood
-        self.conv = nn.Conv2d(guide_channels, neighborhood, 1)
-
-    @property
-    def reach(self) -> int:
-        """Values to each side on which an output depends."""
-        return max(abs(dy) for dy, _ in neighborhood_offsets(self.neighborhood))
-
-    def forward(self, guide: torch.Tensor, values: torch.Tensor, margins: Margins = NO_MARGINS) -> torch.Tensor:
-        """
-        (B, G, cH, cW) and (B, C, H, W) -> (B, C, cH, cW).
-
         Args:
-            margins: how far the cells of the values go beyond the guide, in positions of the guide.
+            place: of the latents in the whole picture, see `interpolate_2x`; None if they are the whole.
         """
-        # As every block of the published checkpoints, the convolution adds its input to its output.
-        logits = add_shared_channels(self.conv(guide), guide)
-        if margins == NO_MARGINS:
-            return local_attention(logits, values, self.neighborhood)
-        top, bottom, left, right = margins
-        logits = F.pad(logits, (left, right, top, bottom))  # n channels: small beside the guide
-        return trim(local_attention(logits, values, self.neighborhood), margins)
+        hidden = self.coarse(_concatenate(latents, coarse_guide, coarse_noise))
+        hidden = self.upsample(hidden) + interpolate_2x(hidden, place)
+        return self.fine(_concatenate(hidden, fine_guide, fine_noise))
 
 
 class UPLiFTRefiner(nn.Module):
@@ -296,19 +211,14 @@ class UPLiFTRefiner(nn.Module):
             nn.init.zeros_(self.conv_out.bias)
 
     def forward(
-        self,
-        latents: torch.Tensor,
-        guide: torch.Tensor,
-        noise: torch.Tensor,
-        estimate: torch.Tensor | None,
-        margins: Margins = NO_MARGINS,
+        self, latents: torch.Tensor, guide: torch.Tensor, noise: torch.Tensor, estimate: torch.Tensor | None
     ) -> torch.Tensor:
-        """(B, C, H, W), guide, noise and estimate of the same size -> (B, C, H, W) without `margins`."""
+        """(B, C, H, W), guide, noise and estimate of the same size -> (B, C, H, W)."""
         parts = (latents, guide, noise) if estimate is None else (latents, guide, noise, estimate)
-        refined = self.conv_out(self.blocks(_concatenate(*parts), margins=margins))
+        refined = self.conv_out(self.blocks(_concatenate(*parts)))
         if estimate is not None:
-            return trim(estimate, margins) + refined
-        return trim(latents, margins) + refined if self.residual else refined
+            return estimate + refined
+        return latents + refined if self.residual else refined
 
 
 class UPLiFTModel(ModelMixin, ConfigMixin):
@@ -334,6 +244,8 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         decoder_layers (`tuple[int, int]`): blocks of the decoder before and after the 2x.
         neighborhood (`int`, *optional*): offsets of the Local Attender: 5, 9, 13, 17 or 25; None replaces it by a 1x1
             convolution from the decoder's features.
+        attender_residual (`bool`): add the decoder's features to the Local Attender's logits, as the published
+            checkpoints do; see `LocalAttender`.
         refiner_channels (`int`): width of the refiner.
         refiner_layers (`int`): blocks of the refiner; 0 leaves it out.
         refiner_residual (`bool`): add the attended latents to the refiner's output.
@@ -343,13 +255,15 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         encoder_convs_per_block (`int`): 3x3 convolutions in a block of the encoder.
         decoder_convs_per_block (`int`): 3x3 convolutions in a block of the decoder and the refiner.
         norm_type (`str`): `"layer_norm"` (over channels), `"batch_norm"`, or `"bias"`: none, a bias in its place.
-        reencode_image (`bool`): encode the image anew at every step, magnified bilinearly, as LiFT does.
+        reencode_image (`bool`): encode the image again at every step, magnified bilinearly, as LiFT does.
     Raises:
         ValueError: an argument out of its range.
     Source: Walmer et al. 2026, section 3; LiFT: Suri et al. 2024.
     """
 
     _supports_gradient_checkpointing = True
+    _no_split_modules = ["ConvGroup"]  # noqa: RUF012 - lists, as diffusers has them
+    _repeated_blocks = ["ConvBlock"]  # noqa: RUF012
 
     @register_to_config
     def __init__(
@@ -367,6 +281,7 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         decoder_channels: int = 512,
         decoder_layers: tuple[int, int] = (1, 2),
         neighborhood: int | None = 17,
+        attender_residual: bool = True,
         refiner_channels: int = 512,
         refiner_layers: int = 12,
         refiner_residual: bool = False,
@@ -399,7 +314,11 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
             noise_channels=noise_channels,
             **settings,
         )
-        self.attender = LocalAttender(decoder_channels, neighborhood) if neighborhood is not None else None
+        self.attender = (
+            LocalAttender(decoder_channels, neighborhood, residual=attender_residual)
+            if neighborhood is not None
+            else None
+        )
         self.proj_out = nn.Conv2d(decoder_channels, latent_channels, 1) if neighborhood is None else None
         self.refiner = (
             UPLiFTRefiner(
@@ -420,112 +339,77 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "UPLiFTModel":
         """
-        Load a model as `ModelMixin.from_pretrained` does, or a published checkpoint as `from_single_file` does.
+        Load a model as `ModelMixin.from_pretrained` does, or a repository that the paper's authors published.
 
-        A published checkpoint is a folder or repository without `config.json` and with exactly one .safetensors file.
-        Which network it is follows from its name; `variant` is, as everywhere in diffusers, that of the weights.
+        Those hold no `config.json`; `conversion.PUBLISHED` has their names.
 
         Args:
             pretrained_model_name_or_path: a folder or a repository's "owner/name".
-            kwargs: those of `ModelMixin.from_pretrained`. Published checkpoints take `dtype` (or `torch_dtype`),
-                `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only` and `force_download`.
+            kwargs: those of `ModelMixin.from_pretrained`. Published repositories take `dtype` (or `torch_dtype`),
+                `revision`, `cache_dir`, `token`, `local_files_only` and `force_download`.
         Returns:
             The model, in evaluation mode.
         Raises:
-            FileNotFoundError: there is neither a configuration nor a .safetensors file, or no such place.
-            ValueError: the published checkpoint has no known name, does not fit it or does not take an option.
-            OSError: as `from_single_file` and `ModelMixin.from_pretrained`.
+            TypeError: an option that a published repository does not take.
+            OSError, ValueError: as `ModelMixin.from_pretrained` and `huggingface_hub.hf_hub_download`.
         """
-        options = dict(kwargs)
-        where = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
-        source = CheckpointSource(
-            pretrained_model_name_or_path, **{name: options.pop(name) for name in where if name in options}
-        )
-        config = cls.config_name
-        if not (source.is_known_to_lack(config) and not source.holds(config)):
-            try:
-                return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-            except (OSError, HTTPError):
-                # Only now, so that an ordinary repository is asked nothing that diffusers would not ask.
-                if source.holds(config):
-                    raise
-        return cls._from_source(source, **_published_options(options))
+        published = PUBLISHED.get(str(pretrained_model_name_or_path))
+        if published is None:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        options = {name: value for name, value in kwargs.items() if value is not None}
+        if "variant" in options:
+            raise ValueError(
+                f"`variant` must be left out for a published checkpoint, got {options['variant']!r}: it has only one. "
+                "Pass `dtype=torch.float16` for half precision."
+            )
+        options.pop("use_safetensors", None)  # they are nothing else
+        dtype = _read_dtype(options.pop("dtype", options.pop("torch_dtype", torch.float32)))
+        path = hf_hub_download(str(pretrained_model_name_or_path), published.filename, **options)
+        return cls.from_single_file(path, config=published.config, dtype=dtype)
 
     @classmethod
     def from_single_file(
         cls,
-        path_or_hub_id: str | os.PathLike,
+        path: str | os.PathLike,
         *,
+        config: str | dict | None = None,
+        dtype: torch.dtype = torch.float32,
         variant: str | None = None,
-        dtype: torch.dtype | None = None,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
     ) -> "UPLiFTModel":
         """
         Load a checkpoint that the authors of the paper published. Every name and shape has to fit.
 
         Args:
-            path_or_hub_id: a .safetensors file, a folder that holds one or a repository ("owner/name") that does.
-            variant: "sd15-vae", "dinov2-s14" or "dinov3-splus16"; by default what the file, folder or repository is
-                called, where it bears the name that the authors gave it.
-            dtype: of the weights, float32 by default.
-            subfolder: folder inside the folder or repository.
-            revision: branch, tag or commit of the repository.
-            cache_dir: the hub's cache, if not the usual one.
-            token: access token, or True for the stored one.
-            local_files_only: use what the cache holds and stay off the network.
-            force_download: download even what the cache holds.
+            path: a .safetensors file.
+            config: "sd15-vae", "dinov2-s14" or "dinov3-splus16", the networks that were published; or constructor
+                arguments; or a folder or repository with a `config.json`. By default what the file is called, if it
+                has the name that the authors gave it.
+            dtype: of the weights.
+            variant: refused; version 0.1 took here what is `config` now.
         Returns:
             The model, in evaluation mode.
         Raises:
-            TypeError: `dtype` is not a `torch.dtype`.
-            ValueError: no or unknown `variant`, several files, not safetensors, damaged, or another network's weights.
-            FileNotFoundError: no such file, folder, repository or revision, no .safetensors file in it, or offline
-                and not in the cache.
-            PermissionError: a gated repository.
-            ConnectionError: the hub does not answer, or the download broke off.
+            TypeError: `dtype` is not a floating-point `torch.dtype`.
+            ValueError: no `config` where the name says nothing, not safetensors, damaged, or another network's
+                weights.
+            FileNotFoundError: no such file.
         """
-        if variant is not None and variant not in VARIANTS:
-            raise ValueError(f"`variant` must be one of {tuple(VARIANTS)}, got {variant!r}.")
-        source = CheckpointSource(
-            path_or_hub_id,
-            subfolder=subfolder,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-            force_download=force_download,
-        )
-        return cls._from_source(source, variant=variant, dtype=dtype)
-
-    @classmethod
-    def _from_source(
-        cls, source: CheckpointSource, *, variant: str | None = None, dtype: torch.dtype | None = None
-    ) -> "UPLiFTModel":
-        dtype = torch.float32 if dtype is None else dtype
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f"`dtype` must be a floating-point torch.dtype, got {dtype!r}.")
-        names = source.possible_names()
-        variant = variant or next(filter(None, map(variant_from_name, names)), None)
-        if variant is None:
-            raise ValueError(
-                f"`variant` must be given for `{source.location}`, whose name tells nothing of the network, got None. "
-                f"Call `{cls.__name__}.from_single_file` with one of {tuple(VARIANTS)}."
-            )
-
-        state_dict = convert_state_dict(load_safetensors(source.fetch()))
+        dtype = _read_dtype(dtype)
+        if variant is not None:
+            raise ValueError(f"`variant` must be left out, got {variant!r}. Name the network by `config={variant!r}`.")
+        if config is None:
+            config = config_from_filename(path)
+        if not isinstance(config, dict):
+            config = CONFIGS[config] if config in CONFIGS else cls.load_config(config)
+        state_dict = convert_state_dict(load_safetensors(path))
         with torch.device("meta"):
-            model = cls(**VARIANTS[variant])
-        check_state_dict(state_dict, model.state_dict(), variant=variant)
+            model = cls.from_config(config)
+        check_state_dict(state_dict, model.state_dict())
         for name, tensor in state_dict.items():
             if tensor.is_floating_point():
                 state_dict[name] = tensor.to(dtype)  # read from the mapped file; no copy where the dtype fits
         model.load_state_dict(state_dict, assign=True)
-        model.register_to_config(_name_or_path=source.location)
+        model.register_to_config(_name_or_path=str(path))
         return model.eval()
 
     def forward(
@@ -536,7 +420,6 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         num_steps: int = 1,
         generator: Generator = None,
         noise: Iterable[StepNoise] | None = None,
-        window: Window | None = None,
         return_steps: bool = False,
         return_dict: bool = True,
     ) -> UPLiFTOutput | tuple[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
@@ -549,44 +432,105 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
             num_steps: number of 2x steps, >= 1.
             generator: one generator, or one for each item of the batch, which makes an item's result independent of
                 the batch around it. Noise is drawn in float32 on the generator's device.
-            noise: of every step for the whole picture, in place of drawing it from `generator`; see `draw_noise`.
-            window: the part of the output to compute, exactly as it is in the whole; see `tiling.upsample_tiled`.
-            return_steps: also return the result of every step; with `window`, of what the next step has to see.
+            noise: of every step, in place of drawing it from `generator`; see `draw_noise`.
+            return_steps: also return the result of every step.
             return_dict: return a [`UPLiFTOutput`] instead of a tuple.
         Returns:
             (B, C, h * 2**num_steps, w * 2**num_steps), dtype and device of `raw_latents`.
         Raises:
+            TypeError: `num_steps` is not a whole number.
             ValueError: rank, channels, batch or image size do not match, or num_steps is below 1.
         Source: Walmer et al. 2026, section 3.1.
         """
-        self.check_inputs(raw_latents, image, num_steps, generator)
+        num_steps = self.check_inputs(raw_latents, image, num_steps, generator)
         if noise is None:
             noise = self.draw_noise(raw_latents, num_steps, generator)
-        if window is None:
-            window = Window.whole(tuple(raw_latents.shape[2:])).finer(2**num_steps)
-        steps = self._upsample(raw_latents, image, noise, self.plan_windows(window, num_steps))
-        sample = steps[-1].contiguous()
+        latents = raw_latents.contiguous(memory_format=torch.channels_last)
+        maps = None
+        steps = []
+        for index, step_noise in enumerate(noise):
+            if maps is None or self.config.reencode_image:
+                maps = self.encode(image.to(raw_latents), step=index, num_steps=num_steps)
+            latents = self.step(latents, self.guide(maps, tuple(latents.shape[2:])), step_noise)
+            steps.append(latents)
+        sample = latents.contiguous()
         steps = [*steps[:-1], sample] if return_steps else None
         if not return_dict:
-            return (sample, steps) if return_steps else (sample,)
+            return (sample, steps) if steps is not None else (sample,)
         return UPLiFTOutput(sample=sample, steps=steps)
 
-    def plan_windows(self, output: Window, num_steps: int) -> list[StepWindows]:
+    def encode(self, image: torch.Tensor, *, step: int, num_steps: int) -> GuideMaps:
         """
-        What every step has to see so that the last one's output is exact on the window `output`.
+        Guide maps of the image, computed only at the positions that the steps sample.
 
-        With r 3x3 convolutions in the refiner, f in the decoder after the 2x and c before it, a window of whole input
-        positions takes a halo of c + 1 + floor((r + f) / 2) of them on each side. The one is the bilinear
-        interpolation's. The Local Attender never needs more: its radius of at most 2 is within c + 1.
+        Args:
+            image: (B, 3, h * spatial_factor, w * spatial_factor) in [0, 1].
+            step: the first step that uses them, counted from 0; where the image is encoded again for every step, the
+                only one.
+            num_steps: number of 2x steps in all.
         """
-        plan = []
-        for _ in range(num_steps):
-            attended = output.grow(self.refiner.blocks.reach if self.refiner is not None else 0)
-            upsampled = attended.grow(self.decoder.fine.reach)
-            entered = upsampled.interpolated_from().grow(self.decoder.coarse.reach)
-            plan.append(StepWindows(entered, upsampled, attended, output))
-            output = entered
-        return plan[::-1]
+        config = self.config
+        hidden = normalize_image(image, config.image_normalization)
+        factor = config.encoder_spatial_factor or config.spatial_factor
+        if factor != config.spatial_factor:
+            size = tuple(length // config.spatial_factor * factor for length in image.shape[2:])
+            hidden = F.interpolate(hidden, size=size, mode="bilinear", antialias=True)
+        magnification = 2**step if config.reencode_image else 1
+        if magnification > 1:
+            hidden = F.interpolate(hidden, scale_factor=magnification, mode="bilinear")
+        # Positions per latent of the model's input, of the maps and of the finest grid that they are sampled on: where
+        # that takes whole strides, what lies between those positions need not be computed.
+        positions = factor * magnification // config.encoder_patch_size
+        finest = 2 ** (step + 1) if config.reencode_image else 2**num_steps
+        stride = positions // finest if positions % finest == 0 else 1
+        return GuideMaps(*self.encoder(hidden, stride), image)
+
+    def guide(self, maps: GuideMaps, size: tuple[int, int]) -> StepGuide:
+        """The guide of the step whose input is `size` (h, w) positions, by nearest neighbour."""
+        doubled = (2 * size[0], 2 * size[1])
+        return StepGuide(
+            coarse=resample_nearest(maps.last, size),
+            fine=resample_nearest(maps.before_last, doubled),
+            refiner=resample_nearest(maps.last, doubled),
+            estimate=None if self.estimator is None else self.estimator(maps.image, doubled).to(maps.last.dtype),
+        )
+
+    def step(
+        self, latents: torch.Tensor, guide: StepGuide, noise: StepNoise, place: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        One 2x step: (B, C, h, w) -> (B, C, 2h, 2w).
+
+        Args:
+            place: of the latents in the whole picture, see `interpolate_2x`; None if they are the whole.
+        """
+        features = self.decoder(latents, guide.coarse, guide.fine, noise.coarse, noise.fine, place=place)
+        output = self.attender(features, latents) if self.attender is not None else self.proj_out(features)
+        if self.refiner is not None:
+            output = self.refiner(output, guide.refiner, noise.refiner, guide.estimate)
+        return output
+
+    def step_reach(self, output_reach: int) -> int:
+        """
+        Positions to each side of a window that a step has to see so that its output is exact `output_reach` positions
+        beyond the window: with c 3x3 convolutions in the decoder before the 2x, f after it and r in the refiner,
+        c + 1 + floor((r + f + output_reach) / 2). The one is the bilinear interpolation's. The Local Attender never
+        needs more: its radius of at most 2 is within c + 1.
+        """
+        refiner_reach = self.refiner.blocks.reach if self.refiner is not None else 0
+        return self.decoder.coarse.reach + 1 + (refiner_reach + self.decoder.fine.reach + output_reach) // 2
+
+    def guide_reach(self, step: int) -> int:
+        """Latents of the model's input to each side whose pixels a guide of step `step`, from 0, depends on."""
+        config = self.config
+        magnification = 2**step if config.reencode_image else 1
+        factor = config.encoder_spatial_factor or config.spatial_factor
+        reach_px = -(-self.encoder.reach_px // magnification)
+        if factor != config.spatial_factor:
+            reach_px += -(-max(factor, config.spatial_factor) // config.spatial_factor)
+        if magnification > 1:
+            reach_px += 1
+        return -(-reach_px // factor)
 
     def draw_noise(self, raw_latents: torch.Tensor, num_steps: int, generator: Generator) -> Iterator[StepNoise]:
         """The noise of one step after the other for `raw_latents` (B, C, h, w), in their dtype and on their device."""
@@ -606,105 +550,12 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
             coarse, fine = 2**step, 2 ** (step + 1)
             yield StepNoise(draw(coarse), draw(fine), draw(fine) if self.refiner is not None else None)
 
-    def _upsample(
-        self, raw_latents: torch.Tensor, image: torch.Tensor, noise: Iterable[StepNoise], windows: list[StepWindows]
-    ) -> list[torch.Tensor]:
-        """The result of every step on its `refined` window, from latents and image of the whole picture."""
-        whole = Window.whole(tuple(raw_latents.shape[2:]))
-        latents = whole.crop(raw_latents, windows[0].entered).contiguous(memory_format=torch.channels_last)
-        guides = None
-        steps = []
-        for step, (step_windows, step_noise) in enumerate(zip(windows, noise, strict=True)):
-            if guides is None or self.config.reencode_image:
-                last_use = step if self.config.reencode_image else len(windows) - 1
-                guides = self._encode_image(
-                    image,
-                    # The first step sees the most of the picture.
-                    step_windows.entered.cover(2**step),
-                    magnification=2**step,
-                    finest=2 ** (last_use + 1),
-                    like=raw_latents,
-                )
-            estimate = None
-            if self.estimator is not None:
-                estimate = self.estimator(image, step, step_windows.attended)
-            latents = self._upsample_2x(latents, guides, step_noise, estimate, step_windows)
-            steps.append(latents)
-        return steps
-
-    def _encode_image(
-        self, image: torch.Tensor, cells: Window, *, magnification: int, finest: int, like: torch.Tensor
-    ) -> Guides:
-        """Guide maps of the magnified image, on `cells` latents, sampled no finer than `finest` times the latents."""
-        config = self.config
-        factor = config.encoder_spatial_factor or config.spatial_factor
-        reach_px = -(-self.encoder.reach_px // magnification)
-        if factor != config.spatial_factor:
-            reach_px += -(-max(factor, config.spatial_factor) // config.spatial_factor)
-        if magnification > 1:
-            reach_px += 1
-        seen = cells.grow(-(-reach_px // factor))
-        whole = Window.whole(tuple(image.shape[2:]))
-        image = whole.crop(image, seen.finer(config.spatial_factor)).to(like)
-
-        mean, std = IMAGE_NORMALIZATIONS[config.image_normalization]
-        image = (image - image.new_tensor(mean)[:, None, None]) / image.new_tensor(std)[:, None, None]
-        if factor != config.spatial_factor:
-            image = F.interpolate(image, size=seen.finer(factor).shape, mode="bilinear", antialias=True)
-        if magnification > 1:
-            image = F.interpolate(image, scale_factor=magnification, mode="bilinear")
-        # Positions per latent of the input, of the encoder's maps and of the finest step: the maps are only ever
-        # sampled at whole strides, so what lies between those positions need not be computed.
-        positions = factor * magnification // config.encoder_patch_size
-        stride = positions // finest if positions % finest == 0 else 1
-        positions //= stride
-        before_last, last = (
-            seen.finer(positions).crop(features, cells.finer(positions)) for features in self.encoder(image, stride)
-        )
-        return Guides(before_last, last, cells, positions)
-
-    def _upsample_2x(
-        self,
-        latents: torch.Tensor,
-        guides: Guides,
-        noise: StepNoise,
-        estimate: torch.Tensor | None,
-        windows: StepWindows,
-    ) -> torch.Tensor:
-        """(B, C, h, w) on `windows.entered` -> (B, C, 2h, 2w) on `windows.refined`."""
-        entered, upsampled, attended, refined = windows
-        coarse, fine = Window.whole(entered.grid), Window.whole(upsampled.grid)
-        features = self.decoder(
-            latents,
-            guides.sample(guides.last, entered),
-            guides.sample(guides.before_last, upsampled),
-            coarse.crop(noise.coarse, entered),
-            fine.crop(noise.fine, upsampled),
-            windows=windows,
-        )
-        if self.attender is not None:
-            values = attended.cover(2).grow(self.attender.reach)
-            margins = values.finer(2).margins(attended)
-            output = self.attender(features, entered.crop(latents, values), margins)
-        else:
-            output = self.proj_out(features)
-        if self.refiner is not None:
-            output = self.refiner(
-                output,
-                guides.sample(guides.last, attended),
-                fine.crop(noise.refiner, attended),
-                estimate,
-                attended.margins(refined),
-            )
-        return output
-
     def check_inputs(
         self, raw_latents: torch.Tensor, image: torch.Tensor, num_steps: int, generator: Generator
-    ) -> None:
-        """Raise ValueError unless the arguments of `forward` fit the model and each other."""
+    ) -> int:
+        """`num_steps` as an int. Raise TypeError or ValueError unless the arguments of `forward` fit each other."""
         channels, factor = self.config.latent_channels, self.config.spatial_factor
-        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-            raise ValueError(f"`num_steps` must be a whole number of at least 1, got {num_steps}.")
+        num_steps = read_whole_number("num_steps", num_steps)
         if raw_latents.ndim != 4 or raw_latents.shape[1] != channels:
             raise ValueError(f"`raw_latents` must be (B, {channels}, h, w), got {tuple(raw_latents.shape)}.")
         batch, _, height, width = raw_latents.shape
@@ -716,38 +567,23 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
             )
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(f"`generator` must have one entry for each of the {batch} items, got {len(generator)}.")
+        return num_steps
 
 
-def _published_options(options: dict) -> dict:
-    """`dtype` of `from_pretrained`'s options; the others have to be left alone for a published checkpoint."""
-    options = {"low_cpu_mem_usage": True, **options}
-    del options["low_cpu_mem_usage"]  # always so
-    torch_dtype, dtype = options.pop("torch_dtype", None), options.pop("dtype", None)
-    neutral = {"use_safetensors": True}
-    for name, value in options.items():
-        if value is not None and value is not neutral.get(name, False):
-            raise ValueError(
-                f"`{name}` must be left out for a published checkpoint, got {value!r}. "
-                "Convert it first: load it, `save_pretrained` it to a folder and load that."
-            )
-    return {"dtype": torch_dtype if dtype is None else dtype}
+def normalize_image(image: torch.Tensor, normalization: str) -> torch.Tensor:
+    """(B, 3, H, W) in [0, 1] -> the same by mean and deviation of one of `IMAGE_NORMALIZATIONS`."""
+    mean, std = IMAGE_NORMALIZATIONS[normalization]
+    return (image - image.new_tensor(mean)[:, None, None]) / image.new_tensor(std)[:, None, None]
+
+
+def _read_dtype(dtype: torch.dtype) -> torch.dtype:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"`dtype` must be a floating-point torch.dtype, got {dtype!r}.")
+    return dtype
 
 
 def _concatenate(*parts: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts, dim=1).contiguous(memory_format=torch.channels_last)
-
-
-def _interpolate_2x(hidden: torch.Tensor, source: Window, target: Window) -> torch.Tensor:
-    """2x bilinear with `align_corners=True` from the window `source` to the window `target` of the output's grid."""
-    if source.is_whole and target.is_whole:
-        return F.interpolate(hidden, scale_factor=2, mode="bilinear", align_corners=True)
-    return interpolate_window_2x(
-        hidden,
-        origin=(source.rows.start, source.columns.start),
-        size=source.grid,
-        rows=(target.rows.start, target.rows.stop),
-        columns=(target.columns.start, target.columns.stop),
-    )
 
 
 def _check_config(**config) -> None:

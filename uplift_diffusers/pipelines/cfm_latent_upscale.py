@@ -13,6 +13,7 @@ from diffusers import (
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
+from uplift_diffusers.arguments import read_whole_number
 from uplift_diffusers.flow_matching import (
     check_scheduler,
     check_unet,
@@ -23,10 +24,10 @@ from uplift_diffusers.flow_matching import (
     set_equal_steps,
 )
 from uplift_diffusers.images.convert import ImageInput, pad_to_multiple, read_batch
-from uplift_diffusers.latent_space import LatentSpace
+from uplift_diffusers.latent_space import LatentCodec, LatentSpace
 from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
 from uplift_diffusers.pipelines.upscale_stage import OUTPUT_TYPES, check_generator
-from uplift_diffusers.scale import check_scale, scaled_size
+from uplift_diffusers.scale import read_scale, scaled_size
 
 
 class CFMLatentUpscalePipeline(DiffusionPipeline):
@@ -114,7 +115,8 @@ class CFMLatentUpscalePipeline(DiffusionPipeline):
             TypeError, ValueError: an argument that is not as above, before any work is done.
         """
         # 1. Check inputs
-        space, device = self.latent_space, self._execution_device
+        codec, device = LatentCodec(self.vae, self.config.latent_space), self._execution_device
+        space = codec.space
         check_unet(self.unet, space)
         check_scheduler(self.scheduler)
         small = None if image is None else read_batch(image)
@@ -123,10 +125,10 @@ class CFMLatentUpscalePipeline(DiffusionPipeline):
 
         # 2. Enlarge in pixels and encode: the context
         if small is None:
-            small = space.decode(self.vae, space.unscale(latents.to(device, torch.float32)))
+            small = codec.decode(space.denormalize(latents.to(device, torch.float32)))
         enlarged = enlarge(small.to(device), size)  # (B, 3, H, W)
         enlarged = pad_to_multiple(enlarged, space.spatial_factor * latent_multiple(self.unet))
-        context = space.scale(space.encode(self.vae, enlarged).float())  # (B, C, H / f, W / f)
+        context = space.normalize(codec.encode(enlarged).float())  # (B, C, H / f, W / f)
 
         # 3. Noise it and follow the flow
         noise = randn_tensor(context.shape, generator=generator, device=device, dtype=torch.float32)
@@ -148,7 +150,7 @@ class CFMLatentUpscalePipeline(DiffusionPipeline):
             height, width = (length // space.spatial_factor for length in size)
             images = sample[..., :height, :width].to(dtype)
         else:
-            images = space.decode(self.vae, space.unscale(sample))[..., : size[0], : size[1]]
+            images = codec.decode(space.denormalize(sample))[..., : size[0], : size[1]]
             images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -164,11 +166,8 @@ class CFMLatentUpscalePipeline(DiffusionPipeline):
     ) -> tuple[int, int]:
         """(height, width) in pixels of what is asked for."""
         space = self.latent_space
-        check_scale(scale)
-        if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int):
-            raise TypeError(f"`num_inference_steps` must be a whole number, got {num_inference_steps!r}.")
-        if num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
+        scale = read_scale(scale)
+        read_whole_number("num_inference_steps", num_inference_steps)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
         if (image is None) == (latents is None):

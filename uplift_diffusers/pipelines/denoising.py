@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-from uplift_diffusers.pipelines.upscale_stage import check_fraction
+from uplift_diffusers.arguments import read_number, read_whole_number
 
 
 def count_images(
@@ -19,11 +19,7 @@ def count_images(
         count = len(prompt_embeds) if isinstance(prompt_embeds, torch.Tensor) else 1
     if count == 0:
         raise ValueError("`prompt` must hold at least one prompt, got none.")
-    if isinstance(num_images_per_prompt, bool) or not isinstance(num_images_per_prompt, int):
-        raise TypeError(f"`num_images_per_prompt` must be a whole number, got {type(num_images_per_prompt).__name__}.")
-    if num_images_per_prompt < 1:
-        raise ValueError(f"`num_images_per_prompt` must be at least 1, got {num_images_per_prompt}.")
-    return count * num_images_per_prompt
+    return count * read_whole_number("num_images_per_prompt", num_images_per_prompt)
 
 
 def resolve_size(
@@ -47,9 +43,8 @@ def resolve_size(
     size = []
     for name, value, default in (("height", height, positions[0]), ("width", width, positions[1])):
         value = default * spatial_factor if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"`{name}` must be a whole number of pixels, got {type(value).__name__}.")
-        if value < 1 or value % spatial_factor:
+        value = read_whole_number(name, value)
+        if value % spatial_factor:
             lower = max(value // spatial_factor, 1) * spatial_factor
             raise ValueError(
                 f"`{name}` must be a multiple of {spatial_factor}, got {value}. "
@@ -104,7 +99,7 @@ def check_refine_strength(refine_strength: float, *, num_inference_steps: int, c
         TypeError, ValueError: not from 0 to 1, too small for a single step, or the latents do not have the four
             channels by which diffusers' image-to-image pipelines tell latents from images.
     """
-    check_fraction("refine_strength", refine_strength)
+    read_number("refine_strength", refine_strength, minimum=0, maximum=1)
     # Image-to-image runs the last int(num_inference_steps * strength) steps of the schedule.
     if refine_strength and int(num_inference_steps * refine_strength) < 1:
         least = math.ceil(1000 / num_inference_steps) / 1000

@@ -1,16 +1,20 @@
 """UPLiFTLatentUpscalePipeline: latents or an image in, larger latents or a larger image out."""
 
+from collections.abc import Callable
+
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 
 from uplift_diffusers.images.convert import ImageInput, read_batch
-from uplift_diffusers.latent_space import LatentSpace
+from uplift_diffusers.latent_space import LatentCodec, LatentSpace
 from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
 from uplift_diffusers.models.upsampler import UPLiFTModel
 from uplift_diffusers.pipelines.upscale_stage import (
+    Progress,
     check_generator,
     check_request,
+    count_parts,
     decode_to_scale,
     upscale_raw_latents,
 )
@@ -74,6 +78,7 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
         tile_size: int | str | None = "auto",
         output_type: str = "pil",
         return_dict: bool = True,
+        callback_on_progress: Callable[[int, int], None] | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Upscale latents.
@@ -90,60 +95,60 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
                 upscaled latents towards those of the given ones, against a shift of colour or contrast. See
                 [`~uplift_diffusers.models.local_attention.match_channel_statistics`].
             tile_size (`int`, *optional*): edge in pixels of the tiles of the image that is upsampled, which bounds
-                the memory and does not change the result; `"auto"`, 512 above 768 pixels, or None, no tiles. Of the
-                VAEs only an [`AutoencoderLocal`] decodes in tiles as well: the `vae.enable_tiling()` of others is not
-                exact.
+                the memory and does not change the result; `"auto"`, 768, or None, no tiles. The VAE has its own
+                `vae.enable_tiling()`, which is exact only for an [`AutoencoderLocal`].
             output_type (`str`): `"pil"`; `"np"`, float32 (B, H, W, 3) in [0, 1]; `"pt"`, float32 (B, 3, H, W) in
                 [0, 1]; or `"latent"`, the large latents, scaled, in the dtype of `latents` or else of the VAE.
             return_dict (`bool`): return an [`ImagePipelineOutput`] instead of a tuple.
+            callback_on_progress: called with the number of parts of the work that are done and of all parts, after
+                every 2x step of every tile and every decoded strip. What it raises ends the call.
         Returns:
             `.images`, of round(scale * f*h) by round(scale * f*w) pixels, or latents.
         Raises:
             TypeError, ValueError: an argument that is not as above, before any work is done.
         """
         # 1. Check inputs
-        space, device = self.latent_space, self._execution_device
+        codec, device = LatentCodec(self.vae, self.config.latent_space), self._execution_device
+        space = codec.space
         space.check_upsampler(self.upsampler)
         num_steps = check_request(scale=scale, adain_factor=adain_factor, output_type=output_type, tile_size=tile_size)
         guide = None if image is None else read_batch(image)
-        self._check_inputs(latents, guide, generator)
+        size = self._check_inputs(latents, guide, generator)
+        parts = count_parts(codec, size, num_steps=num_steps, tile_size=tile_size)
+        progress = Progress(callback_on_progress, parts)
 
-        # 2. Complete the pair of latents and guide image
-        if latents is None:
-            guide = guide.to(device)
-            raw_latents = space.encode(self.vae, guide)  # (B, C, h, w)
-        else:
-            raw_latents = space.unscale(latents.to(device, torch.float32))
-            if guide is None and num_steps > 0:
-                guide = space.decode(self.vae, raw_latents)  # (B, 3, f*h, f*w)
-        height, width = raw_latents.shape[2] * space.spatial_factor, raw_latents.shape[3] * space.spatial_factor
+        try:
+            # 2. Complete the pair of latents and guide image
+            if latents is None:
+                guide = guide.to(device)
+                raw_latents = codec.encode(guide)  # (B, C, h, w)
+            else:
+                raw_latents = space.denormalize(latents.to(device, torch.float32))
+                if guide is None and num_steps > 0:
+                    guide = codec.decode(raw_latents)  # (B, 3, f*h, f*w)
 
-        # 3. Upsample
-        raw_latents = upscale_raw_latents(
-            raw_latents,
-            guide=guide,
-            upsampler=self.upsampler,
-            num_steps=num_steps,
-            generator=generator,
-            adain_factor=adain_factor,
-            tile_size=tile_size,
-        )  # (B, C, 2**n * h, 2**n * w)
-
-        # 4. Decode
-        if output_type == "latent":
-            images = space.scale(raw_latents).to(self.vae.dtype if latents is None else latents.dtype)
-        else:
-            images = decode_to_scale(
+            # 3. Upsample
+            raw_latents = upscale_raw_latents(
                 raw_latents,
-                space=space,
-                vae=self.vae,
-                size=(height, width),
+                image=guide,
+                upsampler=self.upsampler,
                 num_steps=num_steps,
-                scale=scale,
+                generator=generator,
+                adain_factor=adain_factor,
                 tile_size=tile_size,
-            )
-            images = self.image_processor.postprocess(images, output_type=output_type)
-        self.maybe_free_model_hooks()
+                progress=progress,
+            )  # (B, C, 2**n * h, 2**n * w)
+
+            # 4. Decode
+            if output_type == "latent":
+                images = space.normalize(raw_latents).to(self.vae.dtype if latents is None else latents.dtype)
+            else:
+                images = decode_to_scale(
+                    raw_latents, codec=codec, size=size, num_steps=num_steps, scale=scale, progress=progress
+                )
+                images = self.image_processor.postprocess(images, output_type=output_type)
+        finally:
+            self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _check_inputs(
@@ -151,24 +156,26 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
         latents: torch.Tensor | None,
         guide: torch.Tensor | None,
         generator: torch.Generator | list[torch.Generator] | None,
-    ) -> None:
+    ) -> tuple[int, int]:
+        """(height, width) in pixels of the image of the latents."""
         space = self.latent_space
         factor = space.spatial_factor
         if latents is None and guide is None:
             raise ValueError("Either `latents` or `image` must be given, got neither.")
         if latents is not None:
             space.check_latents(latents)
-        if guide is not None:
-            size = tuple(guide.shape[2:])
-            if latents is None and (size[0] % factor or size[1] % factor):
+            size = (latents.shape[2] * factor, latents.shape[3] * factor)
+        else:
+            size = (guide.shape[2], guide.shape[3])
+            if size[0] % factor or size[1] % factor:
                 raise ValueError(
                     f"`image` must have a height and width that are multiples of {factor}, got {size}. "
                     "UPLiFTSuperResolutionPipeline takes any size."
                 )
-            expected = None if latents is None else (latents.shape[2] * factor, latents.shape[3] * factor)
-            if expected is not None and (size != expected or len(guide) != len(latents)):
-                raise ValueError(
-                    f"`image` must be {len(latents)} images of {expected} (height, width) pixels for `latents` of "
-                    f"{tuple(latents.shape)}, got {len(guide)} of {size}."
-                )
+        if latents is not None and guide is not None and guide.shape != (len(latents), 3, *size):
+            raise ValueError(
+                f"`image` must be {len(latents)} images of {size} (height, width) pixels for `latents` of "
+                f"{tuple(latents.shape)}, got {len(guide)} of {tuple(guide.shape[2:])}."
+            )
         check_generator(generator, len(guide if latents is None else latents))
+        return size

@@ -1,6 +1,6 @@
 """UPLiFTSuperResolutionPipeline: an image in, a larger image out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -16,18 +16,19 @@ from uplift_diffusers.images.convert import (
     pad_to_multiple,
     read_pictures,
 )
-from uplift_diffusers.latent_space import LatentSpace
+from uplift_diffusers.latent_space import LatentCodec, LatentSpace
 from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
 from uplift_diffusers.models.upsampler import UPLiFTModel
 from uplift_diffusers.pipelines.upscale_stage import (
+    Progress,
     TileSize,
     check_generator,
-    check_tile_size,
+    count_parts,
     decode_strips_to_scale,
-    resolve_tile_size,
+    read_tile_size,
     upscale_raw_latents,
 )
-from uplift_diffusers.scale import num_steps_for_scale, scaled_size
+from uplift_diffusers.scale import num_steps_for_scale, read_scale, scaled_size
 
 
 class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
@@ -80,6 +81,7 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
         tile_size: int | str | None = "auto",
         output_type: str = "pil",
         return_dict: bool = True,
+        callback_on_progress: Callable[[int, int], None] | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Enlarge one image or several, of any width and height.
@@ -92,12 +94,13 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
             generator: one, drawn from image after image, or one for each image, which makes an image's result the
                 same alone and in a list.
             tile_size (`int`, *optional*): edge in pixels of the tiles that the image is enlarged in, which bounds the
-                memory and does not change the result; `"auto"`, 512 above 768 pixels, or None, no tiles. An
-                [`AutoencoderLocal`] encodes and decodes in tiles as well. Other VAEs see the whole picture: their own
-                `vae.enable_tiling()` is not exact.
+                memory and does not change the result; `"auto"`, 768, or None, no tiles. The VAE has its own
+                `vae.enable_tiling()`, which is exact only for an [`AutoencoderLocal`].
             output_type (`str`): `"pil"`; `"np"`, float32 (B, H, W, C) in [0, 1]; or `"pt"`, float32 (B, C, H, W) in
                 [0, 1]. Images of different sizes come as a list of arrays or tensors.
             return_dict (`bool`): return an [`ImagePipelineOutput`] instead of a tuple.
+            callback_on_progress: called with the number of parts of the work that are done and of all parts, after
+                every 2x step of every tile and every decoded strip. What it raises ends the call.
         Returns:
             `.images`, each of exactly round(scale * height) by round(scale * width) pixels. PIL images come back in
             the mode they were given in where it is greyscale, RGB, with alpha or not, or 16-bit greyscale.
@@ -105,26 +108,38 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
             TypeError, ValueError: an argument that is not as above, before any work is done.
         """
         # 1. Check inputs
-        self.latent_space.check_upsampler(self.upsampler)
-        num_steps = num_steps_for_scale(scale)
+        codec = LatentCodec(self.vae, self.config.latent_space)
+        codec.space.check_upsampler(self.upsampler)
+        scale, num_steps = read_scale(scale), num_steps_for_scale(scale)
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"`output_type` must be 'pil', 'np' or 'pt', got {output_type!r}.")
-        check_tile_size(tile_size)
+        read_tile_size(tile_size)
         pictures = read_pictures(image)
         check_generator(generator, len(pictures), noun="images")
         generators = generator if isinstance(generator, list) else [generator] * len(pictures)
+        parts = [
+            count_parts(codec, _padded_size(picture, codec), num_steps=num_steps, tile_size=tile_size)
+            for picture in pictures
+        ]
+        progress = Progress(callback_on_progress, sum(parts) if scale != 1 else 0)
 
         # 2. Enlarge, one picture at a time: sizes differ, and a picture's result must not depend on its neighbours
         images = []
-        with self.progress_bar(total=len(pictures)) as progress:
-            for picture, picture_generator in zip(pictures, generators, strict=True):
+        try:
+            for picture, picture_generator in zip(self.progress_bar(pictures), generators, strict=True):
                 strips, alpha = [picture.color], picture.alpha
                 size = scaled_size((picture.height, picture.width), scale)
                 if scale != 1:
                     if alpha is not None:
                         picture = replace(picture, color=fill_transparent(picture.color, alpha))
                     strips = self._enlarge(
-                        picture, scale=scale, num_steps=num_steps, generator=picture_generator, tile_size=tile_size
+                        picture,
+                        codec=codec,
+                        scale=scale,
+                        num_steps=num_steps,
+                        generator=picture_generator,
+                        tile_size=tile_size,
+                        progress=progress,
                     )
                     if alpha is not None:
                         # Bilinear: whatever overshoots draws lines beside the edges.
@@ -133,8 +148,8 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
                     images.append(assemble_pil(strips, size, alpha=alpha, mode=picture.mode))
                 else:
                     images.append(Picture(torch.cat(list(strips), dim=1), alpha).to_tensor())
-                progress.update()
-        self.maybe_free_model_hooks()
+        finally:
+            self.maybe_free_model_hooks()
 
         # 3. Hand back in the form that was asked for
         if output_type == "np":
@@ -147,33 +162,36 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
         self,
         picture: Picture,
         *,
+        codec: LatentCodec,
         scale: float,
         num_steps: int,
         generator: torch.Generator | None,
         tile_size: TileSize,
+        progress: Progress,
     ) -> Iterator[torch.Tensor]:
         """The enlarged colour from top to bottom, in strips (3, rows, round(scale * width)) on the CPU."""
-        device, space = self._execution_device, self.latent_space
-        size = (picture.height, picture.width)
-        tile_size = resolve_tile_size(tile_size, size)
-        guide = pad_to_multiple(picture.color[None].to(device), space.spatial_factor)  # (1, 3, f*h, f*w)
-
-        raw_latents = space.encode(self.vae, guide, tile_size=tile_size)  # (1, C, h, w)
+        guide = pad_to_multiple(picture.color[None].to(self._execution_device), codec.space.spatial_factor)
         raw_latents = upscale_raw_latents(
-            raw_latents,
-            guide=guide,
+            codec.encode(guide),  # (1, C, h, w)
+            image=guide,  # (1, 3, f*h, f*w)
             upsampler=self.upsampler,
             num_steps=num_steps,
             generator=generator,
             tile_size=tile_size,
+            progress=progress,
         )  # (1, C, 2**n * h, 2**n * w)
         strips = decode_strips_to_scale(
             raw_latents,
-            space=space,
-            vae=self.vae,
-            size=size,
+            codec=codec,
+            size=(picture.height, picture.width),
             num_steps=num_steps,
             scale=scale,
-            tile_size=tile_size,
+            progress=progress,
         )  # (1, 3, rows, round(scale * width)) each
         return (strip[0].cpu() for strip in strips)
+
+
+def _padded_size(picture: Picture, codec: LatentCodec) -> tuple[int, int]:
+    """(height, width) in whole latents, in pixels."""
+    factor = codec.space.spatial_factor
+    return -(-picture.height // factor) * factor, -(-picture.width // factor) * factor

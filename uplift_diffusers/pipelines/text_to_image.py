@@ -17,7 +17,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput, 
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from uplift_diffusers.latent_space import LatentSpace
+from uplift_diffusers.latent_space import LatentCodec, LatentSpace
 from uplift_diffusers.models.upsampler import UPLiFTModel
 from uplift_diffusers.pipelines.denoising import (
     check_refine_strength,
@@ -27,10 +27,13 @@ from uplift_diffusers.pipelines.denoising import (
     resolve_size,
 )
 from uplift_diffusers.pipelines.upscale_stage import (
+    Progress,
     check_generator,
     check_guide_vae,
     check_request,
+    count_parts,
     decode_to_scale,
+    require_components,
     upscale_raw_latents,
 )
 
@@ -47,7 +50,8 @@ class UPLiFTTextToImagePipeline(StableDiffusionPipeline):
         vae ([`AutoencoderKL`] or [`AutoencoderTiny`]): decodes the large image, and the guide without `guide_vae`.
         text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder,
             requires_safety_checker: as for [`StableDiffusionPipeline`].
-        upsampler ([`UPLiFTModel`]): trained for the VAE's latents.
+        upsampler ([`UPLiFTModel`]): trained for the VAE's latents; None, as for the other components, in a pipeline
+            that only encodes prompts.
         guide_vae ([`AutoencoderTiny`], *optional*): decodes the small guide image at less cost.
         latent_space (`str`, *optional*): declares which latent space the VAE's latents belong to, where its config
             does not say (see [`LatentSpace`]).
@@ -86,9 +90,10 @@ class UPLiFTTextToImagePipeline(StableDiffusionPipeline):
         requires_safety_checker: bool = True,
         latent_space: str | None = None,
     ):
-        space = LatentSpace.of(vae, latent_space)
-        space.check_upsampler(upsampler)
-        check_guide_vae(space, guide_vae)
+        if vae is not None and upsampler is not None:  # without, it only encodes prompts
+            space = LatentSpace.of(vae, latent_space)
+            space.check_upsampler(upsampler)
+            check_guide_vae(space, guide_vae)
         super().__init__(
             vae=vae,
             text_encoder=text_encoder,
@@ -139,6 +144,7 @@ class UPLiFTTextToImagePipeline(StableDiffusionPipeline):
         refine_strength: float = 0.0,
         adain_factor: float = 0.0,
         tile_size: int | str | None = "auto",
+        callback_on_progress: Callable[[int, int], None] | None = None,
     ) -> StableDiffusionPipelineOutput | tuple:
         r"""
         Make an image of a prompt and enlarge it.
@@ -168,7 +174,9 @@ class UPLiFTTextToImagePipeline(StableDiffusionPipeline):
                 upscaled latents towards those of the denoised ones, against a shift of colour or contrast. See
                 [`~uplift_diffusers.models.local_attention.match_channel_statistics`].
             tile_size (`int`, *optional*): edge in pixels of the tiles of the denoised image that are upsampled, which
-                bounds the memory and does not change the result; `"auto"`, 512 above 768 pixels, or None, no tiles.
+                bounds the memory and does not change the result; `"auto"`, 768, or None, no tiles.
+            callback_on_progress: called with the number of parts of the work that are done and of all parts, after
+                every 2x step of every tile and every decoded strip. What it raises ends the call.
         Returns:
             `.images`, of round(scale * height) by round(scale * width) pixels, or latents, and
             `.nsfw_content_detected`, what the safety checker says of each large image.
@@ -176,7 +184,9 @@ class UPLiFTTextToImagePipeline(StableDiffusionPipeline):
             TypeError, ValueError: an argument that is not as above, before the denoising begins.
         """
         # 1. Check inputs
-        space = self.latent_space
+        require_components(vae=self.vae, upsampler=self.upsampler)
+        codec = LatentCodec(self.vae, self.config.latent_space)
+        space = codec.space
         space.check_upsampler(self.upsampler)
         check_guide_vae(space, self.guide_vae)
         num_steps = check_request(scale=scale, adain_factor=adain_factor, output_type=output_type, tile_size=tile_size)
@@ -193,6 +203,8 @@ class UPLiFTTextToImagePipeline(StableDiffusionPipeline):
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
         )
+        parts = count_parts(codec, size, num_steps=num_steps, tile_size=tile_size)
+        progress = Progress(callback_on_progress, parts)
         num_denoising_steps = len(timesteps or sigmas or []) or num_inference_steps
         check_refine_strength(refine_strength, num_inference_steps=num_denoising_steps, channels=space.channels)
 
@@ -231,41 +243,42 @@ class UPLiFTTextToImagePipeline(StableDiffusionPipeline):
 
         # 3. Upsample
         space.check_latents(latents)
-        raw_latents = space.unscale(latents.float())
-        guide = space.decode(self.guide_vae or self.vae, raw_latents) if num_steps > 0 else None  # (B, 3, f*h, f*w)
+        raw_latents = space.denormalize(latents.float())
+        guide_codec = codec if self.guide_vae is None else LatentCodec(self.guide_vae, space)
+        guide = guide_codec.decode(raw_latents) if num_steps > 0 else None  # (B, 3, f*h, f*w)
         raw_latents = upscale_raw_latents(
             raw_latents,
-            guide=guide,
+            image=guide,
             upsampler=self.upsampler,
             num_steps=num_steps,
             generator=generator,
             adain_factor=adain_factor,
             tile_size=tile_size,
+            progress=progress,
         )  # (B, C, 2**n * h, 2**n * w)
 
         # 4. Refine
         if refine_strength and not self.interrupt:
             latents = refine(
-                space.scale(raw_latents),
+                space.normalize(raw_latents),
                 pipeline=self,
                 refiner=self._refiner(),
                 strength=refine_strength,
                 **conditioning,
             )
-            raw_latents = space.unscale(latents.float())
+            raw_latents = space.denormalize(latents.float())
 
         # 5. Decode
         if output_type == "latent":
-            images, has_nsfw_concept = space.scale(raw_latents).to(latents.dtype), None
+            images, has_nsfw_concept = space.normalize(raw_latents).to(latents.dtype), None
         else:
             images = decode_to_scale(
                 raw_latents,
-                space=space,
-                vae=self.vae,
+                codec=codec,
                 size=size,
                 num_steps=num_steps,
                 scale=scale,
-                tile_size=tile_size,
+                progress=progress,
             )
             # The safety checker and the image processor of the class want [-1, 1].
             images, has_nsfw_concept = self.run_safety_checker(images * 2 - 1, self._execution_device, self.unet.dtype)

@@ -1,23 +1,25 @@
 """The upscale stage that the pipelines share: check, complete the guide, upsample, correct the colour, decode."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from diffusers import AutoencoderTiny
+from diffusers.utils.torch_utils import is_compiled_module
 
+from uplift_diffusers.arguments import read_number, read_whole_number
 from uplift_diffusers.images.convert import interpolate
-from uplift_diffusers.latent_space import Autoencoder, LatentSpace
-from uplift_diffusers.models.local_attention import match_channel_statistics
+from uplift_diffusers.latent_space import LatentCodec, LatentSpace
 from uplift_diffusers.models.upsampler import Generator, UPLiFTModel
 from uplift_diffusers.scale import num_steps_for_scale, scaled_size
-from uplift_diffusers.tiling import upsample_tiled
+from uplift_diffusers.tiling import split_into_tiles, upsample_tiled
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 TileSize = int | str | None
-AUTO_TILE_SIZE = 512
-AUTO_TILE_ABOVE = 768
-"""`tile_size="auto"`: tiles of 512 px for images with an edge above 768 px."""
+AUTO_TILE_SIZE = 768
+"""`tile_size="auto"`, in pixels: a smaller image is one tile."""
+
+MIN_TILE_SIZE = 64
 
 
 def check_request(*, scale: float, adain_factor: float, output_type: str, tile_size: TileSize) -> int:
@@ -31,34 +33,21 @@ def check_request(*, scale: float, adain_factor: float, output_type: str, tile_s
     """
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
-    check_fraction("adain_factor", adain_factor)
-    check_tile_size(tile_size)
+    read_number("adain_factor", adain_factor, minimum=0, maximum=1)
+    read_tile_size(tile_size)
     return num_steps_for_scale(scale, latent_output=output_type == "latent")
 
 
-def check_tile_size(tile_size: TileSize) -> None:
-    """Raise TypeError or ValueError unless `tile_size` is `"auto"`, None or a whole number of at least 64."""
-    if tile_size is None or tile_size == "auto":
-        return
-    if isinstance(tile_size, bool) or not isinstance(tile_size, int):
-        raise TypeError(f"`tile_size` must be 'auto', None or a whole number of pixels, got {tile_size!r}.")
-    if tile_size < 64:
-        raise ValueError(f"`tile_size` must be at least 64 pixels, got {tile_size}. 512 is a good start.")
+def read_tile_size(tile_size: TileSize) -> int | None:
+    """
+    The edge of a tile in pixels, None for no tiles.
 
-
-def resolve_tile_size(tile_size: TileSize, size: tuple[int, int]) -> int | None:
-    """The edge of a tile in pixels for an image of `size` (height, width), None for no tiles."""
-    if tile_size == "auto":
-        return AUTO_TILE_SIZE if max(size) > AUTO_TILE_ABOVE else None
-    return tile_size
-
-
-def check_fraction(name: str, value: float) -> None:
-    """Raise TypeError or ValueError unless `value` is a number from 0 to 1."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"`{name}` must be a number, got {type(value).__name__}.")
-    if not 0 <= value <= 1:  # False for NaN too
-        raise ValueError(f"`{name}` must be from 0 to 1, got {value}.")
+    Raises:
+        TypeError, ValueError: `tile_size` is not `"auto"`, None or a whole number of at least 64.
+    """
+    if isinstance(tile_size, str) and tile_size == "auto":
+        return AUTO_TILE_SIZE
+    return None if tile_size is None else read_whole_number("tile_size", tile_size, minimum=MIN_TILE_SIZE)
 
 
 def check_generator(generator: Generator, count: int, *, noun: str = "items") -> None:
@@ -68,6 +57,15 @@ def check_generator(generator: Generator, count: int, *, noun: str = "items") ->
             raise TypeError(f"`generator` must be a torch.Generator or a list of them, got {type(entry).__name__}.")
     if isinstance(generator, list) and len(generator) != count:
         raise ValueError(f"`generator` must have one entry for each of the {count} {noun}, got {len(generator)}.")
+
+
+def require_components(**components: object) -> None:
+    """Raise ValueError, naming the first, if the pipeline was built without one of `components`."""
+    for name, component in components.items():
+        if component is None:
+            raise ValueError(
+                f"`{name}` must be a model, got None: this pipeline can only encode prompts. Load it with its {name}."
+            )
 
 
 def check_guide_vae(space: LatentSpace, guide_vae: AutoencoderTiny | None) -> None:
@@ -84,27 +82,62 @@ def check_guide_vae(space: LatentSpace, guide_vae: AutoencoderTiny | None) -> No
         )
 
 
+class Progress:
+    """
+    Counts the parts of a call's work: its tiles in every step, and the strips that are decoded.
+
+    Args:
+        callback: called with the number of parts that are done and of all parts, or None.
+        total: number of all parts.
+    """
+
+    def __init__(self, callback: Callable[[int, int], None] | None, total: int):
+        self.callback, self.total, self.done = callback, total, 0
+
+    def advance(self) -> None:
+        """Another part is done. What the callback raises ends the work."""
+        self.done += 1
+        if self.callback is not None:
+            self.callback(self.done, self.total)
+
+
+def count_parts(codec: LatentCodec, size: tuple[int, int], *, num_steps: int, tile_size: TileSize) -> int:
+    """
+    How often `upscale_raw_latents` and `decode_strips_to_scale` advance a `Progress` for one batch.
+
+    Args:
+        size: (height, width) in pixels of the image, multiples of the spatial factor.
+    """
+    factor = codec.space.spatial_factor
+    latents = (size[0] // factor, size[1] // factor)
+    num_tiles = sum(map(len, split_into_tiles(latents, _edge(latents, factor, read_tile_size(tile_size)))))
+    large = (latents[0] * 2**num_steps, latents[1] * 2**num_steps)
+    return num_tiles * num_steps + codec.count_strips(large)
+
+
 def upscale_raw_latents(
     raw_latents: torch.Tensor,
     *,
-    guide: torch.Tensor | None,
+    image: torch.Tensor | None,
     upsampler: UPLiFTModel,
     num_steps: int,
     generator: Generator = None,
     adain_factor: float = 0.0,
     tile_size: TileSize = None,
+    progress: Progress | None = None,
 ) -> torch.Tensor:
     """
-    Upsample raw latents under the guide's guidance and correct their statistics.
+    Upsample raw latents under the image's guidance and correct their statistics.
 
     Args:
         raw_latents: (B, C, h, w) float, unscaled.
-        guide: (B, 3, f*h, f*w) float in [0, 1]; not looked at where `num_steps` is 0.
+        image: (B, 3, f*h, f*w) float in [0, 1]; not looked at if `num_steps` is 0.
         upsampler: trained for these latents.
         num_steps: number of 2x steps, >= 0.
         generator: one, or one for each item.
         adain_factor: from 0 to 1, see `match_channel_statistics`.
-        tile_size: edge of a tile in pixels of the guide, `"auto"` or None; the output does not depend on it.
+        tile_size: edge of a tile in pixels of the image, `"auto"` or None; the output does not depend on it.
+        progress: advanced after every step of every tile.
     Returns:
         (B, C, h * 2**num_steps, w * 2**num_steps), dtype of `upsampler`; `raw_latents` for no steps.
     Raises:
@@ -112,15 +145,26 @@ def upscale_raw_latents(
     """
     if num_steps == 0:
         return raw_latents
-    tile_size = resolve_tile_size(tile_size, tuple(guide.shape[2:]))
-    latents = raw_latents.to(upsampler.dtype)
-    arguments = {"image": guide.to(raw_latents.device), "num_steps": num_steps}
-    if tile_size is None:
-        # Drawn here, for a compiled upsampler takes no generator.
+    assert image is not None
+    edge_px = read_tile_size(tile_size)
+    latents, image = raw_latents.to(upsampler.dtype), image.to(raw_latents.device)
+    advance = progress.advance if progress is not None else None
+    if edge_px is None and is_compiled_module(upsampler):
+        # In one piece, as it was compiled. Noise is drawn here, for a compiled model takes no generator.
         noise = list(upsampler.draw_noise(latents, num_steps, generator))
-        upsampled = upsampler(latents, **arguments, noise=noise).sample
+        upsampled = upsampler(latents, image=image, num_steps=num_steps, noise=noise).sample
+        for _ in range(num_steps if advance is not None else 0):
+            advance()
     else:
-        upsampled = upsample_tiled(upsampler, latents, **arguments, generator=generator, tile_size=tile_size)
+        upsampled = upsample_tiled(
+            upsampler,
+            latents,
+            image=image,
+            num_steps=num_steps,
+            generator=generator,
+            tile_size=edge_px or max(image.shape[2:]),
+            callback_on_step=advance,
+        )
     if not torch.isfinite(upsampled).all():
         raise ValueError(
             f"`upsampler` must give finite latents, got NaN or infinity in {upsampler.dtype}. "
@@ -129,11 +173,34 @@ def upscale_raw_latents(
     return match_channel_statistics(upsampled, raw_latents, adain_factor)
 
 
+def match_channel_statistics(values: torch.Tensor, reference: torch.Tensor, factor: float) -> torch.Tensor:
+    """
+    Move the mean and standard deviation of every channel of `values` towards those of `reference`.
+
+    values + factor * ((values - mean(values)) * std(reference) / std(values) + mean(reference) - values), over the
+    positions of each item and channel. Where a channel of `values` is constant only its mean moves.
+
+    Args:
+        values: (B, C, H, W) float.
+        reference: (B, C, h, w) float.
+        factor: 0 gives `values`, 1 the statistics of `reference`.
+    Returns:
+        (B, C, H, W), dtype of `values`, computed in float32.
+    Source: AdaIN, Huang and Belongie 2017, equation 8; the blend is that of diffusers' LTXLatentUpsamplePipeline.
+    """
+    if factor == 0:
+        return values
+    std, mean = torch.std_mean(values.float(), dim=(2, 3), correction=0, keepdim=True)  # (B, C, 1, 1)
+    reference_std, reference_mean = torch.std_mean(reference.float(), dim=(2, 3), correction=0, keepdim=True)
+    matched = (values.float() - mean) * (reference_std / std.clamp_min(1e-5)) + reference_mean
+    return torch.lerp(values.float(), matched, factor).to(values.dtype)
+
+
 def decode_to_scale(raw_latents: torch.Tensor, **settings) -> torch.Tensor:
     """
     Decode upscaled raw latents, cut what the image was padded by, and reduce it to its exact size.
 
-    Args, Raises: see `decode_strips_to_scale`.
+    Args, Raises: as for `decode_strips_to_scale`.
     Returns:
         (B, 3, round(scale * height), round(scale * width)) float32 in [0, 1].
     """
@@ -144,35 +211,44 @@ def decode_to_scale(raw_latents: torch.Tensor, **settings) -> torch.Tensor:
 def decode_strips_to_scale(
     raw_latents: torch.Tensor,
     *,
-    space: LatentSpace,
-    vae: Autoencoder,
+    codec: LatentCodec,
     size: tuple[int, int],
     num_steps: int,
     scale: float,
-    tile_size: TileSize = None,
+    progress: Progress | None = None,
 ) -> Iterator[torch.Tensor]:
     """
     The rows of what `decode_to_scale` gives, from top to bottom, so that it need not lie in memory whole.
 
     Args:
         raw_latents: (B, C, h, w), as `upscale_raw_latents` gives them.
+        codec: of the VAE.
         size: (height, width) in pixels of the image before it was padded and upscaled.
         num_steps: number of 2x steps that were made.
         scale: of the output, at most 2**num_steps.
-        tile_size: as for `upscale_raw_latents`; looked at for an AutoencoderLocal, see `LatentSpace.decode`.
+        progress: advanced after every strip.
     Returns:
-        An iterator over (B, 3, rows, round(scale * width)) float32 in [0, 1]: strips where there are tiles and `scale`
-        is 2**num_steps, else the whole.
+        An iterator over (B, 3, rows, round(scale * width)) float32 in [0, 1]: strips if the VAE decodes in strips and
+        `scale` is 2**num_steps, else the whole.
     """
-    tile_size = resolve_tile_size(tile_size, size)
-    # A decoder is lighter than an upsampler, and larger tiles have less halo.
-    decoder_tile_size = None if tile_size is None else 3 * tile_size // 2
     made, wanted = scaled_size(size, 2**num_steps), scaled_size(size, scale)
-    strips = _crop_strips(space.decode_strips(vae, raw_latents, tile_size=decoder_tile_size), made)
+    strips = _crop_strips(_watched(codec.decode_strips(raw_latents), progress), made)
     if made == wanted:
         yield from strips
     else:
         yield _reduce_strips(strips, made[0], wanted)
+
+
+def _watched(strips: Iterator[torch.Tensor], progress: Progress | None) -> Iterator[torch.Tensor]:
+    for strip in strips:
+        if progress is not None:
+            progress.advance()
+        yield strip
+
+
+def _edge(latents: tuple[int, int], spatial_factor: int, tile_size: int | None) -> int:
+    """The edge of a tile in latents."""
+    return max(latents) if tile_size is None else tile_size // spatial_factor
 
 
 def _crop_strips(strips: Iterator[torch.Tensor], size: tuple[int, int]) -> Iterator[torch.Tensor]:

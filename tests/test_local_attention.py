@@ -2,11 +2,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from uplift_diffusers.models.blocks import resample_nearest
 from uplift_diffusers.models.local_attention import (
     NEIGHBORHOODS,
+    LocalAttender,
     local_attention,
     neighborhood_offsets,
-    resample_nearest,
 )
 
 
@@ -97,3 +98,13 @@ def test_nearest_resampling_takes_the_floor_of_the_scaled_index(size):
     expected = features[:, :, rows][..., columns]
     torch.testing.assert_close(resample_nearest(features, size), expected, rtol=0, atol=0)
     torch.testing.assert_close(F.interpolate(features, size=size, mode="nearest"), expected, rtol=0, atol=0)
+
+
+def test_an_attender_without_residual_begins_with_the_mean_and_does_not_see_the_size_of_its_guide():
+    torch.manual_seed(0)
+    attender = LocalAttender(12, 9, residual=False)
+    guide, values = torch.randn(1, 12, 6, 6), torch.randn(1, 3, 3, 3)
+    mean = torch.nn.functional.avg_pool2d(F.pad(values, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    torch.testing.assert_close(attender(guide, values), F.interpolate(mean, scale_factor=2), rtol=0, atol=1e-6)
+    torch.nn.init.normal_(attender.conv.weight)
+    torch.testing.assert_close(attender(100 * guide, values), attender(guide, values), rtol=0, atol=1e-4)

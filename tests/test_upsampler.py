@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -209,7 +210,6 @@ def test_a_misspelt_setting_is_refused():
         ({"image": torch.zeros(1, 3, 24, 33)}, "One latent position stands for 8 x 8 pixels"),
         ({"image": torch.zeros(2, 3, 24, 32)}, "`image` must be"),
         ({"num_steps": 0}, "`num_steps` must be a whole number of at least 1"),
-        ({"num_steps": 1.5}, "`num_steps` must be a whole number of at least 1"),
         ({"generator": [generator(0), generator(1)]}, "one entry for each of the 1 items, got 2"),
     ],
 )
@@ -218,3 +218,15 @@ def test_inputs_that_contradict_each_other_are_refused(change, message):
     arguments = {"latents": latents, "image": image, **change}
     with pytest.raises(ValueError, match=message):
         run(make_model(), **arguments)
+
+
+@pytest.mark.parametrize("num_steps", [1.5, True, "2"])
+def test_a_number_of_steps_that_is_no_whole_number_is_refused(num_steps):
+    latents, image = make_inputs()
+    with pytest.raises(TypeError, match="`num_steps` must be a whole number"):
+        run(make_model(), latents, image, num_steps=num_steps)
+
+
+def test_numpy_numbers_of_steps_are_taken():
+    latents, image = make_inputs()
+    assert run(make_model(), latents, image, num_steps=np.int64(2)).shape == (1, 6, 12, 16)
