@@ -16,6 +16,10 @@ ImageInput = Image.Image | np.ndarray | torch.Tensor | list[Image.Image] | list[
 _TENSOR_DTYPES = (torch.uint8, torch.uint16, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+_GROWTH_PX = 4
+"""By how far what is seen grows at every size, see [`fill_transparent`]."""
+
+
 @dataclass(frozen=True)
 class Picture:
     """
@@ -111,31 +115,52 @@ def fill_transparent(color: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     Give the pixels that cannot be seen the colours of the nearest ones that can, so that an interpolation or a network
     does not draw a rim of hidden colours around what is seen.
 
-    Averages of what is seen are taken over squares of 2, 4, 8, ... pixels, and every hidden pixel has that of the
-    smallest squares around it in which there is something.
+    What is seen grows by a few pixels, then the same is done to the picture at half the size, and so on; what is still
+    hidden is taken from there.
 
     Args:
         color: (3, H, W) in [0, 1].
         alpha: (1, H, W) in [0, 1]; 0 hides.
     Returns:
         (3, H, W): the colour where `alpha` is above 0, the filling elsewhere.
-    Source: the push-pull pyramid of Gortler et al., The Lumigraph, SIGGRAPH 1996, section 3.4.
+    Source: after the push-pull pyramid of Gortler et al., The Lumigraph, SIGGRAPH 1996, section 3.4.
     """
-    seen = alpha > 0
+    seen = alpha[0] > 0
     if seen.all() or not seen.any():
         return color
-    return _fill(color[None], seen[None].to(color.dtype))[0]
+    return _fill(color.clone(), seen)
 
 
 def _fill(color: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """(1, 3, H, W) and its mask (1, 1, H, W) of 0 and 1, with at least one 1 -> (1, 3, H, W)."""
-    if seen.min() > 0:
-        return color
-    pool = {"kernel_size": 2, "ceil_mode": True, "count_include_pad": False}
-    weight = F.avg_pool2d(seen, **pool)
-    coarse = F.avg_pool2d(color * seen, **pool) / weight.clamp_min(1e-6)
-    coarse = _fill(coarse, (weight > 0).to(color.dtype))
-    return torch.where(seen > 0, color, F.interpolate(coarse, size=color.shape[2:], mode="bilinear"))
+    """(3, H, W), which is filled in place, and its mask (H, W) with at least one True -> (3, H, W)."""
+    for _ in range(_GROWTH_PX):
+        if seen.all():
+            return color
+        seen = _grow(color, seen)
+    weight = F.avg_pool2d(seen[None].float(), 2, ceil_mode=True)
+    half = F.avg_pool2d(color * seen, 2, ceil_mode=True) / weight.clamp_min(1e-6)
+    half = _fill(half, weight[0] > 0)
+    return torch.where(seen, color, F.interpolate(half[None], size=color.shape[1:], mode="bilinear")[0])
+
+
+def _grow(color: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Give hidden pixels beside seen ones the mean of these, in place, and return the mask of what then is seen."""
+    rows = seen.clone()
+    rows[:, 1:] |= seen[:, :-1]
+    rows[:, :-1] |= seen[:, 1:]
+    grown = rows.clone()
+    grown[1:] |= rows[:-1]
+    grown[:-1] |= rows[1:]
+    y, x = (grown & ~seen).nonzero(as_tuple=True)  # (n,)
+    total, weight = color.new_zeros(3, len(y)), color.new_zeros(len(y))
+    for down in (-1, 0, 1):
+        for right in (-1, 0, 1):
+            beside_y, beside_x = (y + down).clamp(0, seen.shape[0] - 1), (x + right).clamp(0, seen.shape[1] - 1)
+            is_seen = seen[beside_y, beside_x].to(color.dtype)
+            total += color[:, beside_y, beside_x] * is_seen
+            weight += is_seen
+    color[:, y, x] = total / weight
+    return grown
 
 
 def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -226,21 +251,25 @@ def _check_shape(batch: tuple[int, ...], given: tuple[int, ...], wanted: str, *,
 
 
 def _from_pil(image: Image.Image) -> Picture:
+    tiles = getattr(image, "tile", None)  # of a file that is not read yet
+    rawmode = tiles[0][3] if tiles else image.mode
     try:
         image.load()
     except Exception as error:  # what a decoder raises at a damaged file depends on the format and the damage
         raise ValueError(f"`image` must be an image that loads, got one that does not: {error}") from error
     if 0 in image.size:
         raise ValueError(f"`image` must have at least one pixel, got {image.size}.")
-    common, _ = to_common_mode(image, color_key=_color_key(image), icc_profile=image.info.get("icc_profile"))
+    common, _ = to_common_mode(image, color_key=_color_key(image, rawmode), icc_profile=image.info.get("icc_profile"))
     return _from_array(np.asarray(turn_upright(common, _orientation(image))))
 
 
-def _color_key(image: Image.Image) -> int | tuple[int, ...] | None:
-    """The transparent value of an image without a palette. Pillow has it in the levels of the file."""
+def _color_key(image: Image.Image, rawmode: object) -> int | tuple[int, ...] | None:
+    """The transparent value of an image without a palette, which Pillow has in the levels of the file."""
     key = image.info.get("transparency")
     if image.mode == "1" and isinstance(key, int):
         return 255 if key else 0
+    if image.mode == "L" and isinstance(key, int) and image.format == "PNG":
+        key *= {"L;2": 85, "L;4": 17}.get(rawmode, 1)
     if image.mode in ("L", "I", "I;16", "I;16B") and isinstance(key, int):
         return key
     return tuple(key) if image.mode == "RGB" and isinstance(key, tuple) and len(key) == 3 else None

@@ -355,7 +355,13 @@ def _stream(source: str | Path | BinaryIO) -> Iterator[BinaryIO]:
 def _pillow_open(stream: BinaryIO, head: bytes, formats: tuple[str, ...] = INPUT_FORMATS) -> Iterator[Image.Image]:
     """The image in a stream, its pixels not read yet, of a size within the limit."""
     stream.seek(0)
-    with _heif(stream) if _is_heif(head) else Image.open(stream, formats=formats) as file:
+    try:
+        file = _heif(stream) if _is_heif(head) else Image.open(stream, formats=formats)
+    except UnidentifiedImageError:
+        if len(formats) > 1:
+            raise
+        raise _Refusal(f"a {formats[0]} file that is damaged, or of a kind that is not read.") from None
+    with file:
         if file.width * file.height > MAX_INPUT_PIXELS:
             raise Image.DecompressionBombError
         yield file

@@ -387,6 +387,8 @@ def save_options(metadata: Metadata, file_format: str) -> dict[str, Any]:
         options["icc_profile"] = metadata.icc_profile
     if metadata.dpi and file_format != "WEBP":
         options["dpi"] = metadata.dpi
+    elif file_format == "BMP":
+        options["dpi"] = (0, 0)  # unknown, where Pillow would write 96
     exif = metadata.exif
     if metadata.dpi and file_format == "WEBP":
         exif = (exif or Exif()).with_dpi(metadata.dpi)
@@ -436,18 +438,14 @@ def clean_xmp(packet: bytes) -> tuple[bytes, list[str]]:
     Returns:
         The packet, and names of what was in the file beside the picture and is told.
     """
-    packet = packet.rstrip(b"\0")
-    if packet[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in packet[:64]:
+    has_mark = packet[:2] in (b"\xff\xfe", b"\xfe\xff")
+    if has_mark or b"\0" in packet[:2]:
+        codec = "utf-16" if has_mark else ("utf-16-le" if packet[1:2] == b"\0" else "utf-16-be")
         try:
-            codec = (
-                "utf-16"
-                if packet[:1] in (b"\xff", b"\xfe")
-                else ("utf-16-le" if packet[1:2] == b"\0" else "utf-16-be")
-            )
             packet = packet.decode(codec).encode()
         except UnicodeDecodeError:
             return b"", ["XMP, which is damaged,"]
-    left_out: list[str] = []
+    packet, left_out = packet.rstrip(b"\0"), []
     for uri, names, thing in _XMP_NOTES:
         pattern = rb"xmlns:([A-Za-z_][\w.-]*)\s*=\s*[\"']" + re.escape(uri.encode()) + rb"[\"']"
         for prefix in list(dict.fromkeys(found[1] for found in re.finditer(pattern, packet)))[:4]:
