@@ -11,7 +11,7 @@ from PIL import Image
 from tests import components
 from tests.components import seeded, smooth_images
 from uplift_diffusers import UPLiFTSuperResolutionPipeline
-from uplift_diffusers.images.compression import denoise_for_quality, jpeg_quality
+from uplift_diffusers.images.compression import consistency_for_denoise, denoise_for_quality, jpeg_quality
 from uplift_diffusers.images.convert import interpolate
 from uplift_diffusers.pipelines.upscale_stage import make_consistent
 
@@ -81,6 +81,11 @@ def test_pictures_of_other_formats_have_no_quality():
 @pytest.mark.parametrize(("quality", "strength"), [(None, 0), (100, 0), (65, 0.5), (30, 1), (5, 1)])
 def test_denoising_is_linear_in_the_quality(quality, strength):
     assert denoise_for_quality(quality) == strength
+
+
+@pytest.mark.parametrize(("strength", "left"), [(0, 1), (0.05, 0.5), (0.1, 0), (1, 0)])
+def test_consistency_gives_way_to_denoising(strength, left):
+    assert consistency_for_denoise(strength) == left
 
 
 def test_an_upsampler_that_was_not_trained_to_denoise_is_not_asked_to(pipe):

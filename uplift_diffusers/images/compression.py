@@ -35,3 +35,12 @@ def denoise_for_quality(quality: int | None) -> float:
     if quality is None:
         return 0.0
     return min(max((CLEAN_QUALITY - quality) / (CLEAN_QUALITY - POOREST_QUALITY), 0.0), 1.0)
+
+
+def consistency_for_denoise(denoise: float) -> float:
+    """
+    How much of the consistency with an input is left that is denoised: 1 for 0, none from 0.1 (quality 93) on.
+
+    What a compressed input has and its cleaned enlargement lacks are the traces of compression.
+    """
+    return max(0.0, 1 - 10 * denoise)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ImagePipelineOutput
 
 from uplift_diffusers.arguments import read_number
-from uplift_diffusers.images.compression import denoise_for_quality
+from uplift_diffusers.images.compression import consistency_for_denoise, denoise_for_quality
 from uplift_diffusers.images.convert import (
     ImageInput,
     Picture,
@@ -102,7 +102,7 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
             denoise (`float` or `str`): from 0, nothing, to 1: how much of the image's compression and noise is taken
                 away, by an upsampler that was trained for that. `"auto"` reads it off the quality of PIL images that
                 were opened from a JPEG file: 0 for a quality of 100, 1 for 30; everything else is taken to be clean.
-                Consistency is lowered by as much.
+                Consistency is lowered by ten times as much.
             tile_size (`int`, *optional*): edge in pixels of the tiles that the image is enlarged in, which bounds the
                 memory and does not change the result; `"auto"`, 768, or None, no tiles. The VAE has its own
                 `vae.enable_tiling()`, which is exact only for an [`AutoencoderLocal`].
@@ -152,7 +152,7 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
                         scale=scale,
                         num_steps=num_steps,
                         generator=picture_generator,
-                        consistency=consistency * (1 - strength),
+                        consistency=consistency * consistency_for_denoise(strength),
                         denoise=strength,
                         tile_size=tile_size,
                         progress=progress,

@@ -9,6 +9,7 @@ from torch import nn
 from uplift_diffusers.data.degradation import degrade
 from uplift_diffusers.data.latent_cache import LatentCache
 from uplift_diffusers.data.pyramid import encode_pyramid, image_pyramid
+from uplift_diffusers.images.compression import consistency_for_denoise
 from uplift_diffusers.images.convert import missing_detail
 from uplift_diffusers.latent_space import Autoencoder, LatentCodec, LatentSpace
 from uplift_diffusers.models.upsampler import UPLiFTModel, UPLiFTOutput
@@ -91,7 +92,8 @@ class MultiDepthObjective(nn.Module):
             if depth == decoded_depth:
                 # Not clamped: a gradient must flow back from values beyond the range.
                 decoded = self.vae.decode(self.codec.native(steps[-1])).sample.float() / 2 + 0.5
-                consistency = (1 - denoise)[:, None, None, None]
+                consistency = denoise.new_tensor([consistency_for_denoise(d) for d in denoise.tolist()])
+                consistency = consistency[:, None, None, None]
                 losses["pixel"] = F.l1_loss(decoded + consistency * missing_detail(image, decoded), images)
         losses["loss"] = sum(value * (self.pixel_weight if name == "pixel" else 1.0) for name, value in losses.items())
         return losses
