@@ -144,8 +144,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=parse_denoise,
         default="auto",
         metavar="X",
-        help="how much compression and noise to take away: 0, nothing, to 1, or auto: what a jpg's quality says, and 0 "
-        "for the other formats (default: auto)",
+        help="how much compression and noise to take away: 0, nothing, to 1, or auto: what a jpg's quality says, and "
+        "0 for the other formats (default: auto)",
     )
     parser.add_argument(
         "--consistency",
