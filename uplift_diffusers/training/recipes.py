@@ -129,8 +129,7 @@ class UpsamplerTrainingConfig(LatentTrainingConfig):
             stage = load_stem(self.initial_stem)
             settings["encoder_stem_channels"] = stage.config.stem_channels
             settings["encoder_stem_layers"] = stage.config.stem_layers
-            if stage.config.denoise_channel:
-                settings["denoise_channel"] = True
+            settings["denoise_channel"] = stage.config.denoise_channel
         model = UPLiFTModel(
             **settings,
             latent_channels=space.channels,
@@ -200,7 +199,6 @@ class EmbeddedTrainingConfig(EmbeddedDefaults, UpsamplerTrainingConfig):
     }
 
     learning_rate: float = option(5e-4)
-    depths: tuple[int, ...] = option((1, 2, 3))
     latent_noise: float = option(0.02)
     pixel_weight: float = option(10.0)
     degraded_probability: float = option(0.45)
