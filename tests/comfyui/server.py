@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ENDINGS = ("execution_success", "execution_error", "execution_interrupted")
 
 
-class Rejected(Exception):
+class RejectedError(Exception):
     """ComfyUI did not accept a prompt."""
 
 
@@ -97,14 +97,14 @@ class ComfyUI:
             with urllib.request.urlopen(urllib.request.Request(url, body, headers)) as response:
                 return response.read()
         except urllib.error.HTTPError as error:
-            raise Rejected(error.read().decode()) from error
+            raise RejectedError(error.read().decode()) from error
 
     def watch(self, prompt: dict) -> Iterator[tuple[str, dict]]:
         """
         Queue `prompt`, nodes by their names as ComfyUI's API takes them; the events until it ends.
 
         Raises:
-            Rejected: ComfyUI found a fault in it before running it.
+            RejectedError: ComfyUI found a fault in it before running it.
         """
         client = uuid.uuid4().hex
         with WebSocket(self.port, f"/ws?clientId={client}") as websocket:

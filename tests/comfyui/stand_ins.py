@@ -36,10 +36,12 @@ UNET = {
 
 
 def stable_diffusion():
-    config = comfy.supported_models.SD15(UNET)
-    for parameter in (model := comfy.model_base.BaseModel(config, device=CPU)).parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    return model, comfy.taesd.taesd.TAESD(latent_channels=4)
+    model = comfy.model_base.BaseModel(comfy.supported_models.SD15(UNET), device=CPU)
+    vae = comfy.taesd.taesd.TAESD(latent_channels=4)
+    fill(model.diffusion_model)
+    fill(vae.taesd_encoder)
+    fill(vae.taesd_decoder)
+    return model, vae
 
 
 def wan():
@@ -48,9 +50,14 @@ def wan():
     vae = comfy.ldm.wan.vae.WanVAE(
         dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True]
     )
-    for parameter in vae.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
+    fill(vae)
     return model, vae
+
+
+def fill(module):
+    """Random weights: ComfyUI's layers have none until a checkpoint is loaded."""
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
 
 
 KINDS = {"stable diffusion": stable_diffusion, "wan": wan}
