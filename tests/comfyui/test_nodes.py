@@ -333,7 +333,7 @@ def test_interrupt_ends_the_work_between_two_layers(comfyui):
             comfyui.post("/interrupt", {})
     kinds = [kind for kind, _ in events]
     assert kinds[-1] == "execution_interrupted"
-    assert kinds.count("progress") <= 2  # of 33; a step takes longer than a layer
+    assert kinds.count("progress") <= 2  # of 25; a step takes longer than a layer
     prompt["photo"], prompt["large"] = load("first.png"), upscale_image("photo")
     assert comfyui.run(prompt)["save"][0].size == (192, 128)
 
