@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from comfy_api.latest import ComfyExtension, io
 
-from uplift_diffusers.images import pad_to_multiple, resize
+from uplift_diffusers.images.convert import fill_transparent, pad_to_multiple, resize
 from uplift_diffusers.latent_space import KNOWN_SPACES
 from uplift_diffusers.pipelines.upscale_stage import Progress, read_tile_size, upscale_raw_latents
 from uplift_diffusers.scale import MAX_SCALE, num_steps_for_scale, read_scale, scaled_size
@@ -148,6 +148,8 @@ class UpscaleImage(io.ComfyNode):
         if num_steps == 0:
             return io.NodeOutput(image.movedim(1, -1))
         color, alpha = image[:, :3], image[:, 3:]
+        if alpha.shape[1]:
+            color = torch.stack([fill_transparent(*pair) for pair in zip(color, alpha, strict=True)])
         made, wanted = (scaled_size(tuple(image.shape[2:]), factor) for factor in (2**num_steps, scale))
 
         # 2. Encode
@@ -164,7 +166,7 @@ class UpscaleImage(io.ComfyNode):
             result[index, :3] = resize(decode(vae, latents)[:, :3, : made[0], : made[1]], wanted)[0]
             progress.advance()
         if alpha.shape[1]:
-            result[:, 3:] = F.interpolate(alpha, size=wanted, mode="bicubic").clamp_(0, 1)
+            result[:, 3:] = F.interpolate(alpha, size=wanted, mode="bilinear")
         return io.NodeOutput(result.movedim(1, -1))
 
 

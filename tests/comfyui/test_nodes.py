@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tests.comfyui.server import ROOT
 from tests.comfyui.workflows import to_prompt
 from uplift_diffusers import UPLiFTSuperResolutionPipeline, embedded_bundle
-from uplift_diffusers.images import read_batch, resize
+from uplift_diffusers.images.convert import read_batch, resize
 from uplift_diffusers.latent_space import LatentCodec
 
 pytestmark = pytest.mark.slow
