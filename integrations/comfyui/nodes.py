@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from comfy_api.latest import ComfyExtension, io
 
-from uplift_diffusers.images.convert import fill_transparent, pad_to_multiple, resize
+from uplift_diffusers.images.convert import fill_transparent, missing_detail, pad_to_multiple, resize
 from uplift_diffusers.latent_space import KNOWN_SPACES
 from uplift_diffusers.pipelines.upscale_stage import Progress, read_tile_size, upscale_raw_latents
 from uplift_diffusers.scale import MAX_SCALE, num_steps_for_scale, read_scale, scaled_size
@@ -163,7 +163,10 @@ class UpscaleImage(io.ComfyNode):
         # 4. Decode, cut what was padded, reduce to the exact size
         result = image.new_empty(len(image), image.shape[1], *wanted)
         for index, latents in enumerate(raw_latents.split(1)):
-            result[index, :3] = resize(decode(vae, latents)[:, :3, : made[0], : made[1]], wanted)[0]
+            enlarged = decode(vae, latents)[:, :3, : made[0], : made[1]]
+            small = color[index : index + 1].to(enlarged)
+            enlarged = (enlarged + missing_detail(small, enlarged)).clamp_(0, 1)  # as the pipeline has it
+            result[index, :3] = resize(enlarged, wanted)[0]
             progress.advance()
         if alpha.shape[1]:
             result[:, 3:] = F.interpolate(alpha, size=wanted, mode="bilinear")
