@@ -137,12 +137,13 @@ def _load(options: argparse.Namespace) -> "UPLiFTFeaturePipeline":
 
     dtype = getattr(torch, options.dtype)
     settings = {} if options.feature_space is None else {"feature_space": options.feature_space}
+    loading = {"use_safetensors": True, **dtype_option(dtype)}
     try:
         if options.model is not None:
-            pipeline = UPLiFTFeaturePipeline.from_pretrained(options.model, **dtype_option(dtype), **settings)
+            pipeline = UPLiFTFeaturePipeline.from_pretrained(options.model, **loading, **settings)
         else:
             backbone = FeatureBackbone.from_pretrained(options.backbone or BACKBONE, dtype=dtype).model
-            upsampler = UPLiFTModel.from_pretrained(options.upsampler or UPSAMPLER, **dtype_option(dtype))
+            upsampler = UPLiFTModel.from_pretrained(options.upsampler or UPSAMPLER, **loading)
             pipeline = UPLiFTFeaturePipeline(backbone, upsampler, **settings)
         pipeline.to(device)
     except (OSError, ValueError, TypeError, ImportError, RuntimeError, HTTPError) as error:

@@ -355,12 +355,12 @@ def load_pipeline(
     Raises:
         OSError, ValueError, TypeError: there is neither, or the network was trained for other latents.
     """
-    of_dtype = dtype_option(dtype)
+    options = {"use_safetensors": True, **dtype_option(dtype)}
     if Path(path, DiffusionPipeline.config_name).is_file():
-        return _load_saved_pipeline(path, trust_remote_code=trust_remote_code, **of_dtype)
+        return _load_saved_pipeline(path, trust_remote_code=trust_remote_code, **options)
     if not Path(path).exists():
         try:
-            return _load_saved_pipeline(path, trust_remote_code=trust_remote_code, **of_dtype)
+            return _load_saved_pipeline(path, trust_remote_code=trust_remote_code, **options)
         except OSError as error:
             raise FileNotFoundError(
                 f"{path!r} must be a directory or a repository of the hub within reach, got neither."
@@ -369,15 +369,15 @@ def load_pipeline(
         raise ValueError(f"{path!r} must be a pipeline, which has a VAE, got a network or something else.")
     config = Path(path, "config.json")
     if config.is_file() and json.loads(config.read_text()).get("_class_name") == UNet2DModel.__name__:
-        unet = UNet2DModel.from_pretrained(path, **of_dtype)
+        unet = UNet2DModel.from_pretrained(path, **options)
         return CFMLatentUpscalePipeline(vae, unet, euler_scheduler(), latent_space=latent_space)
-    upsampler = UPLiFTModel.from_pretrained(path, **of_dtype)
+    upsampler = UPLiFTModel.from_pretrained(path, **options)
     return UPLiFTSuperResolutionPipeline(vae, upsampler, latent_space=latent_space)
 
 
-def _load_saved_pipeline(path: str, *, trust_remote_code: bool, **of_dtype: torch.dtype) -> DiffusionPipeline:
+def _load_saved_pipeline(path: str, *, trust_remote_code: bool, **options: bool | torch.dtype) -> DiffusionPipeline:
     try:
-        return DiffusionPipeline.from_pretrained(path, trust_remote_code=trust_remote_code, **of_dtype)
+        return DiffusionPipeline.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
     except AttributeError as error:  # diffusers asks its own module for the class
         raise ValueError(
             f"{path!r} must be a pipeline of a class that diffusers finds, got another one ({error}). Put the file of "
