@@ -32,15 +32,12 @@ def measure_difference(vae: Autoencoder, image: torch.Tensor, *, tile_size: int)
         image: (1, 3, H, W) in [0, 1], H and W multiples of its spatial factor.
         tile_size: in pixels, for an AutoencoderLocal.
     """
-    space = LatentSpace.of(vae)
-    raw_latents = LatentCodec(vae, space).encode(image)
-    whole = LatentCodec(vae, space).decode(raw_latents)
-    if isinstance(vae, AutoencoderLocal):
-        tiled = LatentCodec(vae, space).decode(raw_latents, tile_size=tile_size)
-    else:
-        vae.enable_tiling()
-        tiled = LatentCodec(vae, space).decode(raw_latents)
-        vae.disable_tiling()
+    codec = LatentCodec(vae)
+    vae.disable_tiling()
+    raw_latents = codec.encode(image)
+    whole = codec.decode(raw_latents)
+    vae.enable_tiling(**({"tile_size": tile_size} if isinstance(vae, AutoencoderLocal) else {}))
+    tiled = codec.decode(raw_latents)
     difference = 255 * (tiled - whole).abs()[0].mean(dim=0)  # (H, W)
     return {
         "mean": difference.mean().item(),

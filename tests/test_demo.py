@@ -394,7 +394,7 @@ def test_every_bad_value_is_answered_with_a_sentence(demo):
         ("enlarge", [[foreign], 9, model], "`scale` must be a number from 1.5 to 8, got 9."),
         ("enlarge", [[foreign], 2, None], "`model` must be one of Embedded, "),
         ("enlarge", [[foreign], 2, {}], "`model` must be one of Embedded, "),
-        ("enlarge", [[foreign], 2, model], "Files must be uploaded here"),
+        ("enlarge", [[foreign], 2, model], "Files must be uploaded to this server"),
         ("enlarge", ["small.png", 2, model], "`files` must be an uploaded file, got 'small.png'."),
         ("enlarge", [], "3 values are needed, got 0."),
         ("enlarge", [[foreign] * 21, 2, "<b>"], "`model` must be one of Embedded, "),
@@ -417,7 +417,7 @@ def test_pictures_of_a_job_and_jobs_of_a_visitor_are_limited(demo, client, tmp_p
     small = upload(save_picture(tmp_path / "small.png"))
     with pytest.raises(gradio_client.exceptions.AppError, match="At most 20 pictures at a time, got 21"):
         client.predict(files=[small] * 21, scale=2, api_name="/enlarge")
-    large = upload(save_picture(tmp_path / "large.png", LARGE))
+    large = upload(save_picture(tmp_path / "medium.png", LARGE))
     jobs = [client.submit(files=[large], scale=4, api_name="/enlarge") for _ in range(6)]
     errors = [error for job in jobs if (error := job.exception(120))]
     assert len(errors) == 2

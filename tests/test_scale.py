@@ -59,8 +59,8 @@ def test_a_scale_is_returned_as_it_is():
         ({"megapixels": 1}, ValueError, "1 megapixels are asked for .* more than 16 times"),
         ({"width": 30.5}, TypeError, "`width` must be a whole number"),
         ({"long_side": True}, TypeError, "`long_side` must be a whole number"),
-        ({"megapixels": float("nan")}, ValueError, "`megapixels` must be above 0"),
-        ({"height": 0}, ValueError, "`height` must be above 0"),
+        ({"megapixels": float("nan")}, ValueError, "`megapixels` must be from 0 to"),
+        ({"height": 0}, ValueError, "`height` must be a whole number of at least 1"),
     ],
 )
 def test_a_size_that_cannot_be_met_is_told(arguments, error, sentence):

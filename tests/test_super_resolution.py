@@ -91,6 +91,29 @@ def test_alpha_is_enlarged_beside_the_color(pipe):
     assert (output[:, 46:] == 255).all()
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_colours_that_cannot_be_seen_do_not_show(pipe, mode):
+    alpha = np.full((30, 45), 255, np.uint8)
+    alpha[:, 20:] = 0
+    enlarged = []
+    for hidden in (0, 255):
+        image = photograph(mode=mode.removesuffix("A"))
+        image.paste(hidden if mode == "LA" else (0, hidden, 0), (20, 0, 45, 30))
+        image.putalpha(Image.fromarray(alpha))
+        enlarged.append(np.asarray(pipe(image=image, generator=seeded()).images[0]))
+    assert (enlarged[0] == enlarged[1]).all()
+    assert 0 < enlarged[0][0, 39:41, -1].min() < 255  # an edge that is seen in part
+
+
+def test_alpha_does_not_overshoot(pipe):
+    alpha = np.full((30, 45), 64, np.uint8)
+    alpha[:, 20:] = 192
+    image = photograph()
+    image.putalpha(Image.fromarray(alpha))
+    large = np.asarray(pipe(image=image, scale=3).images[0])[..., 3]
+    assert (large.min(), large.max()) == (64, 192)
+
+
 def test_output_types_agree(pipe):
     image = photograph()
     arguments = {"image": image, "scale": 3}

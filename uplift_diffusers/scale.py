@@ -1,11 +1,11 @@
 """The scale of an upscaling: what is allowed, the 2x steps it takes, and the scale that reaches a wanted size."""
 
 import math
-from numbers import Integral, Real
 
-from uplift_diffusers.arguments import read_number
+from uplift_diffusers.arguments import read_number, read_whole_number
 
 MAX_SCALE = 16
+MAX_MEGAPIXELS = 1e6
 
 
 def read_scale(scale: float) -> float:
@@ -78,14 +78,13 @@ def resolve_scale(
     if scale is not None:
         return read_scale(scale)
     if megapixels is not None:
-        _check_above_zero("megapixels", megapixels, Real)
+        megapixels = read_number("megapixels", megapixels, minimum=0, maximum=MAX_MEGAPIXELS)
         return _in_range(math.sqrt(megapixels * 1e6 / (size[0] * size[1])), size, f"{megapixels:g} megapixels")
     if long_side is not None:
-        _check_above_zero("long_side", long_side, Integral)
+        long_side = read_whole_number("long_side", long_side)
         return _in_range(long_side / max(size), size, f"a long side of {long_side} pixels")
-    for name, value in (("width", width), ("height", height)):
-        if value is not None:
-            _check_above_zero(name, value, Integral)
+    height = None if height is None else read_whole_number("height", height)
+    width = None if width is None else read_whole_number("width", width)
     scales = ([] if height is None else [height / size[0]]) + ([] if width is None else [width / size[1]])
     wanted = " and ".join(f"a {name} of {value}" for name, value in (("width", width), ("height", height)) if value)
     return _in_range(min(scales), size, f"{wanted} pixels")
@@ -116,14 +115,6 @@ def check_output_size(
     height, width = scaled_size(size, scale)
     if max_edge is not None and max(width, height) > max_edge:
         raise ValueError(f"the output of {width} x {height} pixels has an edge over the {max_edge} of a {kind}.")
-
-
-def _check_above_zero(name: str, value: float, kind: type) -> None:
-    if isinstance(value, bool) or not isinstance(value, kind):
-        what = "a whole number" if kind is Integral else "a number"
-        raise TypeError(f"`{name}` must be {what}, got {type(value).__name__}.")
-    if not 0 < value < math.inf:
-        raise ValueError(f"`{name}` must be above 0, got {value}.")
 
 
 def _in_range(scale: float, size: tuple[int, int], wanted: str) -> float:

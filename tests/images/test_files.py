@@ -499,14 +499,11 @@ def test_alpha_is_kept(tmp_path, mode, suffix):
 
 @pytest.mark.parametrize("suffix", [".jpg", ".bmp"])
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_alpha_is_laid_on_white_before_the_work_where_the_format_has_none(tmp_path, suffix, mode):
-    plan = plan_saving(OpenedImage(with_alpha(mode)), suffix)
+def test_alpha_is_laid_on_white_where_the_format_has_none(tmp_path, suffix, mode):
     expected = picture().convert(mode.removesuffix("A"))
     expected.paste("white", (0, 0, 16, 24))
-    assert difference(plan.image, expected) == 0
     save_image(with_alpha(mode), tmp_path / f"a{suffix}")
     assert difference(open_image(tmp_path / f"a{suffix}").image, expected) < 3
-    assert plan_saving(OpenedImage(with_alpha(mode)), ".png").image.mode == mode
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])

@@ -1,5 +1,6 @@
 """What the commands say, and how: one line each, without anything that a terminal obeys."""
 
+import argparse
 import os
 import re
 import sys
@@ -36,3 +37,15 @@ def say(text: str) -> bool:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return False
     return True
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage before it, and does not pass over a stdout that is full."""
+
+    def error(self, message: str) -> None:
+        tell(f"{self.prog}: error: {message}")
+        self.exit(2)
+
+    def _print_message(self, message: str, file=None) -> None:
+        if message and not say(message.removesuffix("\n")):
+            self.exit(1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from uplift_diffusers._version import __version__
 from uplift_diffusers.cli import features, fetch, upscale
-from uplift_diffusers.cli.console import CommandError, say, tell
+from uplift_diffusers.cli.console import CommandError, Parser, tell
 
 PROGRAM = "uplift-diffusers"
 
@@ -100,20 +100,8 @@ def _delegate(name: str, arguments: list[str]) -> int:
         return stop.code or 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage before it, and does not pass over a stdout that is full."""
-
-    def error(self, message: str) -> None:
-        tell(f"{self.prog}: error: {message}")
-        self.exit(2)
-
-    def _print_message(self, message: str, file=None) -> None:
-        if message and not say(message.removesuffix("\n")):
-            self.exit(1)
-
-
 def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=PROGRAM,
         description="Make images larger in latent space.",
         epilog=f"{PROGRAM} COMMAND --help says more.",

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from uplift_diffusers.cli.console import as_flags, tell
+from uplift_diffusers.cli.console import Parser, as_flags, tell
 from uplift_diffusers.demo.weights import STABLE_DIFFUSION, UPSAMPLER, Model, Models, Source
 from uplift_diffusers.embedded import embedded_bundle
 from uplift_diffusers.runtime import choose_device
@@ -49,9 +49,7 @@ def main(arguments: list[str] | None = None, *, examples: Path | None = None) ->
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description="Enlarge and create pictures in the browser.", allow_abbrev=False
-    )
+    parser = Parser(prog=PROGRAM, description="Enlarge and create pictures in the browser.", allow_abbrev=False)
     parser.add_argument(
         "--model",
         metavar="DIR_OR_HUB_ID",

@@ -136,7 +136,9 @@ def build(*, jobs: JobQueue, models: Models, source: Source, limits: Limits, exa
 def _refusal(sentence: str) -> gr.Error:
     # The page shows it as HTML and programs as text, so it has nothing that would differ between them.
     sentence = printable(sentence).replace("<", "‹").replace(">", "›")
-    return gr.Error(sentence[:1].upper() + sentence[1:], print_exception=False)
+    if sentence.split(" ")[0].isalpha():  # a word, and no name of a file or repository
+        sentence = sentence[:1].upper() + sentence[1:]
+    return gr.Error(sentence, print_exception=False)
 
 
 def _broken_rule(component: gr.components.Component, value: object) -> str | None:

@@ -1,11 +1,11 @@
 """What the tabs do: enlarge picture files, compare methods, make a picture of a prompt."""
 
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -110,8 +110,7 @@ def _enlarge_file(
 ) -> Enlarged:
     job.plan({"Enlarging": 1}, prefix=prefix)
     opened = _open(job, source, scale=scale, max_pixels=max_pixels)
-    with following(job, pipeline) as options:
-        image = pipeline(image=opened.image, scale=scale, generator=_generator(), **options).images[0]
+    image = _enlarge(job, opened.image, pipeline=pipeline, scale=scale)
     job.aside(save_image, image, target, metadata=opened.metadata)
     original = job.folder / "original" / target.name
     original.parent.mkdir(exist_ok=True)
@@ -145,7 +144,7 @@ def compare_methods(
     from uplift_diffusers.images.convert import Picture, assemble_pil, pad_to_multiple, read_pictures, resize
     from uplift_diffusers.latent_space import LatentCodec
     from uplift_diffusers.models.interpolation import interpolate_latents
-    from uplift_diffusers.pipelines.upscale_stage import decode_strips_to_scale
+    from uplift_diffusers.pipelines.upscale_stage import Progress, decode_strips_to_scale
 
     job.plan({"Interpolating": 0.4, "Enlarging": 0.6})
     opened = _open(job, source, scale=scale, max_pixels=max_pixels)
@@ -155,16 +154,15 @@ def compare_methods(
     codec = LatentCodec(pipeline.vae, pipeline.latent_space)
 
     images = {"Bicubic": job.aside(lambda: Picture(resize(color[None], large)[0]).to_pil())}
-    with torch.no_grad(), stoppable(job, pipeline.vae):
-        raw_latents = codec.encode(pad_to_multiple(color[None].to(pipeline.device), codec.space.spatial_factor))
-        raw_latents = interpolate_latents(raw_latents, scale=scale)
+    with torch.no_grad(), following(job, "Interpolating", pipeline.vae) as advance:
+        padded = pad_to_multiple(color[None].to(pipeline.device), codec.space.spatial_factor)
+        raw_latents = interpolate_latents(codec.encode(padded), scale=scale)
+        progress = Progress(advance, codec.count_strips(tuple(raw_latents.shape[2:])))
         strips = decode_strips_to_scale(
-            raw_latents, codec=codec, size=size, num_steps=num_steps_for_scale(scale), scale=scale
+            raw_latents, codec=codec, size=size, num_steps=num_steps_for_scale(scale), scale=scale, progress=progress
         )
         images["Latents, bilinear"] = assemble_pil((strip[0].cpu() for strip in strips), large)
-    job.advance("Interpolating", 1)
-    with following(job, pipeline) as options:
-        images["UPLiFT"] = pipeline(image=color, scale=scale, generator=_generator(), **options).images[0]
+    images["UPLiFT"] = _enlarge(job, color, pipeline=pipeline, scale=scale)
 
     panes = []
     for label, image in images.items():
@@ -286,10 +284,14 @@ def _as_shown(image: Image.Image) -> Image.Image:
     return image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)).convert(mode)
 
 
-def _generator() -> "torch.Generator":
+def _enlarge(
+    job: Job, image: "Image.Image | torch.Tensor", *, pipeline: "UPLiFTSuperResolutionPipeline", scale: float
+) -> Image.Image:
     import torch
 
-    return torch.Generator().manual_seed(SEED)  # on the CPU: the same noise on every device
+    generator = torch.Generator().manual_seed(SEED)  # on the CPU: the same noise on every device
+    with following(job, "Enlarging", pipeline.vae, pipeline.upsampler) as advance:
+        return pipeline(image=image, scale=scale, generator=generator, callback_on_progress=advance).images[0]
 
 
 def _free_path(path: Path) -> Path:
@@ -301,16 +303,12 @@ def _free_path(path: Path) -> Path:
 
 
 @contextmanager
-def following(job: Job, pipeline: "UPLiFTSuperResolutionPipeline") -> Iterator[dict[str, Any]]:
+def following(job: Job, stage: str, *modules: "torch.nn.Module") -> Iterator[Callable[[int, int], None]]:
     """
-    Within the block, `job` follows what `pipeline` does, step by step, and can stop it at every layer.
+    Within the block, `job` follows a pipeline through `stage`, and can stop it at every layer of `modules`.
 
     Returns:
-        What the pipeline has to be called with besides.
+        What the pipeline takes as `callback_on_progress`.
     """
-
-    def follow(done: int, total: int) -> None:
-        job.advance("Enlarging", done / total)
-
-    with stoppable(job, pipeline.vae, pipeline.upsampler):
-        yield {"callback_on_progress": follow}
+    with stoppable(job, *modules):
+        yield lambda done, total: job.advance(stage, done / total)

@@ -206,19 +206,16 @@ def check_image_header(source: str | Path | BinaryIO) -> None:
 
 def plan_saving(opened: OpenedImage, suffix: str) -> OpenedImage:
     """
-    An opened image as it should be worked on to be saved with `suffix`: where that format has no alpha it is laid on
-    white now, because the rim of something transparent cannot be enlarged rightly afterwards. `metadata` is what the
-    format holds, and `losses` have a sentence more on the rest.
+    What will become of an opened image that is saved with `suffix`: `metadata` is what the format holds, and `losses`
+    have a sentence on the rest. To be called before the work.
 
     Raises:
         ValueError: `suffix` is none of `OUTPUT_FORMATS`.
     """
     file_format = _format_of(suffix)
-    image = lay_on_white(opened.image) if file_format in _OPAQUE_FORMATS else opened.image
-    metadata, losses = fit_metadata(
-        opened.metadata, file_format, is_grey=_is_grey(image.mode, file_format), suffix=suffix.lower()
-    )
-    return OpenedImage(image, metadata, (*opened.losses, *losses))
+    is_grey = _is_grey(opened.image.mode, file_format)
+    metadata, losses = fit_metadata(opened.metadata, file_format, is_grey=is_grey, suffix=suffix.lower())
+    return replace(opened, metadata=metadata, losses=(*opened.losses, *losses))
 
 
 def save_image(
