@@ -12,6 +12,7 @@ import torch
 from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
 from uplift_diffusers.models.upsampler import UPLiFTModel
 from uplift_diffusers.pipelines.super_resolution import UPLiFTSuperResolutionPipeline
+from uplift_diffusers.runtime import dtype_option
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -23,8 +24,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     pipeline = UPLiFTSuperResolutionPipeline(
-        vae=AutoencoderLocal.from_pretrained(options.vae, dtype=torch.float16),
-        upsampler=UPLiFTModel.from_pretrained(options.upsampler, dtype=torch.float16),
+        vae=AutoencoderLocal.from_pretrained(options.vae, **dtype_option(torch.float16)),
+        upsampler=UPLiFTModel.from_pretrained(options.upsampler, **dtype_option(torch.float16)),
     )
     for component in (pipeline.vae, pipeline.upsampler):
         component.register_to_config(_name_or_path=None)  # not where it was on this machine

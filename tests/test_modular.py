@@ -1,11 +1,21 @@
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+from diffusers import ModularPipeline
 from diffusers.modular_pipelines import SequentialPipelineBlocks
 from diffusers.modular_pipelines.stable_diffusion_xl.decoders import StableDiffusionXLDecodeStep
+from huggingface_hub import constants, hf_api
 
 from tests import components
 from tests.components import seeded
+from tests.hub_server import HubServer
 from uplift_diffusers import UPLiFTLatentUpscalePipeline, UPLiFTLatentUpscaleStep
+from uplift_diffusers.models.conversion import PUBLISHED
+
+LAYOUT = Path(__file__).resolve().parent.parent / "pipelines" / "modular"
 
 
 def make_modular(blocks, upsampler=None):
@@ -41,3 +51,47 @@ def test_an_upsampler_of_other_latents_is_refused():
     pipe = make_modular(UPLiFTLatentUpscaleStep(), components.make_upsampler("sd15-vae"))
     with pytest.raises(ValueError, match="trained for 'sd15-vae'"):
         pipe(latents=torch.zeros(1, 4, 4, 4))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with HubServer(tmp_path / "hub") as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+        yield server
+
+
+def test_a_repository_of_the_layout_loads_as_a_modular_pipeline(hub):
+    repository = hub.folder("owner/stage")
+    shutil.copytree(LAYOUT, repository, dirs_exist_ok=True)
+    parts = {"vae": components.make_vae(), "upsampler": components.make_upsampler()}
+    index = json.loads((repository / "modular_model_index.json").read_text())
+    for name, part in parts.items():
+        part.save_pretrained(repository / name)
+        index[name][2] |= {"pretrained_model_name_or_path": "owner/stage", "subfolder": name}
+    (repository / "modular_model_index.json").write_text(json.dumps(index))
+
+    pipe = ModularPipeline.from_pretrained("owner/stage", trust_remote_code=True)
+    assert type(pipe.blocks) is UPLiFTLatentUpscaleStep
+    pipe.load_components()
+    latents = torch.randn(1, 4, 4, 6, generator=seeded(1))
+    stage = UPLiFTLatentUpscalePipeline(**parts)
+    expected = stage(latents=latents, generator=seeded(), output_type="latent").images
+    assert torch.equal(pipe(latents=latents, generator=seeded(), output="latents"), expected)
+
+
+def test_a_repository_of_the_layout_runs_no_code_unasked(hub):
+    shutil.copytree(LAYOUT, hub.folder("owner/stage"), dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        ModularPipeline.from_pretrained("owner/stage", trust_remote_code=False)
+
+
+def test_the_layout_names_the_published_upsampler_and_its_vae():
+    index = json.loads((LAYOUT / "modular_model_index.json").read_text())
+    published = PUBLISHED[index["upsampler"][2]["pretrained_model_name_or_path"]]
+    assert published.config == "sd15-vae"

@@ -11,6 +11,7 @@ from tests.components import VAES, count_calls, random_latents, seeded, smooth_i
 from uplift_diffusers import LatentSpace, UPLiFTLatentUpscalePipeline, UPLiFTTextToImagePipeline
 from uplift_diffusers.latent_space import LatentCodec
 from uplift_diffusers.pipelines.upscale_stage import match_channel_statistics
+from uplift_diffusers.runtime import dtype_option
 
 
 def make_pipeline(vae=None):
@@ -166,7 +167,7 @@ def test_a_float16_variant_is_saved_and_loaded(tmp_path):
     pipe = make_pipeline().to(torch.float16)
     pipe.save_pretrained(tmp_path, variant="fp16")
     assert (tmp_path / "upsampler" / "diffusion_pytorch_model.fp16.safetensors").is_file()
-    loaded = UPLiFTLatentUpscalePipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
+    loaded = UPLiFTLatentUpscalePipeline.from_pretrained(tmp_path, variant="fp16", **dtype_option(torch.float16))
     assert loaded.vae.dtype == loaded.upsampler.dtype == torch.float16
     assert torch.equal(call(loaded), call(pipe))
     assert UPLiFTLatentUpscalePipeline.from_pretrained(tmp_path, variant="fp16").upsampler.dtype == torch.float32

@@ -23,6 +23,7 @@ from uplift_diffusers import (
     UPLiFTTextToImagePipeline,
     UPLiFTTextToImageXLPipeline,
 )
+from uplift_diffusers.runtime import dtype_option
 
 PIPELINES = {"SD": UPLiFTTextToImagePipeline, "SDXL": UPLiFTTextToImageXLPipeline}
 PARENTS = {"SD": StableDiffusionPipeline, "SDXL": StableDiffusionXLPipeline}
@@ -491,7 +492,7 @@ def test_half_precision_follows_float32(folder, family, dtype):
 def test_a_float16_variant_is_saved_and_loaded(folder, tmp_path):
     pipe = make_pipeline(folder).to(torch.float16)
     pipe.save_pretrained(tmp_path, variant="fp16")
-    loaded = UPLiFTTextToImagePipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
+    loaded = UPLiFTTextToImagePipeline.from_pretrained(tmp_path, variant="fp16", **dtype_option(torch.float16))
     assert {loaded.unet.dtype, loaded.vae.dtype, loaded.text_encoder.dtype, loaded.upsampler.dtype} == {torch.float16}
     assert_same(loaded, pipe)
 

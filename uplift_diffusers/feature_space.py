@@ -206,7 +206,7 @@ class FeatureBackbone:
         if config.model_type == "timm_wrapper" and not (config.model_args or {}).get("features_only"):
             config.model_args = {**(config.model_args or {}), "dynamic_img_size": True}
         # AutoModel, since the features of AutoBackbone are the same and transformers 5 cannot load it from a folder.
-        model = AutoModel.from_pretrained(path, config=config, dtype=dtype)
+        model = AutoModel.from_pretrained(path, config=config, dtype=dtype, use_safetensors=True)
         return cls(model, feature_space, image_normalization=image_normalization)
 
     def resize(self, image: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a command runs on: its share of the processes of one job, and the names of devices."""
+"""What a command runs on: its share of the processes of one job, the names of devices, dtypes for diffusers."""
 
 import os
 import platform
@@ -107,6 +107,18 @@ def preferred_dtype(device: "torch.device | str") -> "torch.dtype":
     if device.type == "cpu" and _BF16_FLAGS & set(_cpu_info("flags").split()):
         return torch.bfloat16
     return torch.float32
+
+
+def dtype_option(dtype: "torch.dtype") -> "dict[str, torch.dtype]":
+    """
+    The keyword of diffusers' `from_pretrained` for the dtype of the weights.
+
+    diffusers renamed `torch_dtype` to `dtype` in 0.40, and earlier versions ignore the new name.
+    """
+    import diffusers
+    from packaging.version import Version
+
+    return {"dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype": dtype}
 
 
 def device_name(device: "torch.device | str") -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from uplift_diffusers.cli.arguments import parse_count
 from uplift_diffusers.cli.console import CommandError, as_flags, say, tell
 from uplift_diffusers.images.files import OUTPUT_FORMATS, open_image, save_image
-from uplift_diffusers.runtime import choose_device
+from uplift_diffusers.runtime import choose_device, dtype_option
 from uplift_diffusers.saving import make_writable_folder, replaced_when_whole
 from uplift_diffusers.wording import reason
 
@@ -129,16 +129,21 @@ def _load(options: argparse.Namespace) -> "UPLiFTFeaturePipeline":
 
     from uplift_diffusers.feature_space import FeatureBackbone
     from uplift_diffusers.models.upsampler import UPLiFTModel
-    from uplift_diffusers.pipelines.features import UPLiFTFeaturePipeline
+
+    try:
+        from uplift_diffusers.pipelines.features import UPLiFTFeaturePipeline
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{error.name} is missing: pip install 'uplift-diffusers[features]'") from error
 
     dtype = getattr(torch, options.dtype)
     settings = {} if options.feature_space is None else {"feature_space": options.feature_space}
+    loading = {"use_safetensors": True, **dtype_option(dtype)}
     try:
         if options.model is not None:
-            pipeline = UPLiFTFeaturePipeline.from_pretrained(options.model, dtype=dtype, **settings)
+            pipeline = UPLiFTFeaturePipeline.from_pretrained(options.model, **loading, **settings)
         else:
             backbone = FeatureBackbone.from_pretrained(options.backbone or BACKBONE, dtype=dtype).model
-            upsampler = UPLiFTModel.from_pretrained(options.upsampler or UPSAMPLER, dtype=dtype)
+            upsampler = UPLiFTModel.from_pretrained(options.upsampler or UPSAMPLER, **loading)
             pipeline = UPLiFTFeaturePipeline(backbone, upsampler, **settings)
         pipeline.to(device)
     except (OSError, ValueError, TypeError, ImportError, RuntimeError, HTTPError) as error:

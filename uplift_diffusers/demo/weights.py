@@ -119,7 +119,11 @@ class Source:
         folder = self.find()
         if folder is None:
             raise FileNotFoundError(f"{self.model} is not on this machine yet. Download it first.")
-        parts = {} if _has_upsampler(folder) else {"upsampler": UPLiFTModel.from_pretrained(self.upsampler)}
+        parts = (
+            {}
+            if _has_upsampler(folder)
+            else {"upsampler": UPLiFTModel.from_pretrained(self.upsampler, use_safetensors=True)}
+        )
         pipeline = UPLiFTTextToImagePipeline.from_pretrained(folder, use_safetensors=True, **parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

@@ -13,10 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
-from packaging.version import Version
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
@@ -32,6 +30,7 @@ from uplift_diffusers.models.upsampler import UPLiFTModel
 from uplift_diffusers.pipelines.cfm_latent_upscale import CFMLatentUpscalePipeline
 from uplift_diffusers.pipelines.latent_upscale import UPLiFTLatentUpscalePipeline
 from uplift_diffusers.pipelines.super_resolution import UPLiFTSuperResolutionPipeline
+from uplift_diffusers.runtime import dtype_option
 
 BUILT_IN = ("bicubic", "bilinear", "uplift", "vae")
 """Methods that need no path; "uplift" is the pipeline that the others are compared with."""
@@ -356,12 +355,12 @@ def load_pipeline(
     Raises:
         OSError, ValueError, TypeError: there is neither, or the network was trained for other latents.
     """
-    of_dtype = _dtype_argument(dtype)
+    options = {"use_safetensors": True, **dtype_option(dtype)}
     if Path(path, DiffusionPipeline.config_name).is_file():
-        return _load_saved_pipeline(path, trust_remote_code=trust_remote_code, **of_dtype)
+        return _load_saved_pipeline(path, trust_remote_code=trust_remote_code, **options)
     if not Path(path).exists():
         try:
-            return _load_saved_pipeline(path, trust_remote_code=trust_remote_code, **of_dtype)
+            return _load_saved_pipeline(path, trust_remote_code=trust_remote_code, **options)
         except OSError as error:
             raise FileNotFoundError(
                 f"{path!r} must be a directory or a repository of the hub within reach, got neither."
@@ -370,20 +369,15 @@ def load_pipeline(
         raise ValueError(f"{path!r} must be a pipeline, which has a VAE, got a network or something else.")
     config = Path(path, "config.json")
     if config.is_file() and json.loads(config.read_text()).get("_class_name") == UNet2DModel.__name__:
-        unet = UNet2DModel.from_pretrained(path, **of_dtype)
+        unet = UNet2DModel.from_pretrained(path, **options)
         return CFMLatentUpscalePipeline(vae, unet, euler_scheduler(), latent_space=latent_space)
-    upsampler = UPLiFTModel.from_pretrained(path, **of_dtype)
+    upsampler = UPLiFTModel.from_pretrained(path, **options)
     return UPLiFTSuperResolutionPipeline(vae, upsampler, latent_space=latent_space)
 
 
-def _dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The argument of `from_pretrained`: diffusers renamed it in 0.40, and earlier versions ignore the new name."""
-    return {"dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype": dtype}
-
-
-def _load_saved_pipeline(path: str, *, trust_remote_code: bool, **of_dtype: torch.dtype) -> DiffusionPipeline:
+def _load_saved_pipeline(path: str, *, trust_remote_code: bool, **options: bool | torch.dtype) -> DiffusionPipeline:
     try:
-        return DiffusionPipeline.from_pretrained(path, trust_remote_code=trust_remote_code, **of_dtype)
+        return DiffusionPipeline.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
     except AttributeError as error:  # diffusers asks its own module for the class
         raise ValueError(
             f"{path!r} must be a pipeline of a class that diffusers finds, got another one ({error}). Put the file of "

@@ -45,7 +45,7 @@ class PredictedDepths(Dataset):
     ):
         self.squares, self.folder, self.device = Squares(images, size=size), Path(folder), device
         self.processor = AutoImageProcessor.from_pretrained(model)
-        self.model = AutoModelForDepthEstimation.from_pretrained(model).eval().to(device)
+        self.model = AutoModelForDepthEstimation.from_pretrained(model, use_safetensors=True).eval().to(device)
 
     @property
     def is_metric(self) -> bool:
