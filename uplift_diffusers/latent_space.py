@@ -319,17 +319,17 @@ class LatentCodec:
         Raises:
             ValueError: the output is not finite, in float32 either.
         """
+        return self._run_finite(self.encode_sample, image * 2 - 1)
 
-        def encode(sample: torch.Tensor) -> torch.Tensor:
-            output = self.vae.encode(sample.unsqueeze(2) if self._is_video else sample)
-            if hasattr(output, "latent_dist"):
-                mode = output.latent_dist.mode()
-                return mode.squeeze(2) if self._is_video else mode
-            if hasattr(output, "latents"):  # an AutoencoderTiny's, which are scaled
-                return self.space.read(output.latents, size=output.latents.shape[2:])
-            return output.latent
-
-        return self._run_finite(encode, image * 2 - 1)
+    def encode_sample(self, sample: torch.Tensor) -> torch.Tensor:
+        """Raw latents of (B, 3, H, W) in [-1, 1] in the VAE's dtype, not checked."""
+        output = self.vae.encode(sample.unsqueeze(2) if self._is_video else sample)
+        if hasattr(output, "latent_dist"):
+            mode = output.latent_dist.mode()
+            return mode.squeeze(2) if self._is_video else mode
+        if hasattr(output, "latents"):  # an AutoencoderTiny's, which are scaled
+            return self.space.read(output.latents, size=output.latents.shape[2:])
+        return output.latent
 
     def native(self, raw_latents: torch.Tensor) -> torch.Tensor:
         """Raw latents -> what `vae.decode` takes: scaled for an AutoencoderTiny, one frame for a VAE for videos."""
@@ -351,7 +351,7 @@ class LatentCodec:
         return _to_image(self._run_finite(self.decode_sample, raw_latents))
 
     def decode_sample(self, raw_latents: torch.Tensor) -> torch.Tensor:
-        """What the VAE decodes raw latents of its dtype to: (B, 3, H, W), about [-1, 1], with gradient."""
+        """What the VAE decodes raw latents of its dtype to: (B, 3, H, W), about [-1, 1], not checked."""
         sample = self.vae.decode(self.native(raw_latents)).sample
         return sample[:, :, 0] if self._is_video else sample
 
