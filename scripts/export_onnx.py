@@ -32,7 +32,9 @@ class UpsamplerGraph(nn.Module):
         super().__init__()
         self.upsampler, self.num_steps = upsampler, num_steps
 
-    def forward(self, raw_latents: torch.Tensor, image: torch.Tensor, noise: list[StepNoise]) -> torch.Tensor:
+    def forward(
+        self, raw_latents: torch.Tensor, image: torch.Tensor, noise: list[StepNoise] | None = None
+    ) -> torch.Tensor:
         return self.upsampler(raw_latents, image=image, num_steps=self.num_steps, noise=noise).sample
 
 
@@ -44,7 +46,7 @@ class ImageGraph(nn.Module):
         self.vae, self.codec = codec.vae, codec
         self.upsample = UpsamplerGraph(upsampler, num_steps)
 
-    def forward(self, image: torch.Tensor, noise: list[StepNoise]) -> torch.Tensor:
+    def forward(self, image: torch.Tensor, noise: list[StepNoise] | None = None) -> torch.Tensor:
         raw_latents = self.upsample(self.codec.encode_sample(image * 2 - 1), image, noise)
         return (self.codec.decode_sample(raw_latents) / 2 + 0.5).clamp(0, 1)
 
@@ -69,28 +71,26 @@ def export(model: str | os.PathLike, path: str | os.PathLike, *, num_steps: int,
         graph = ImageGraph(LatentCodec(pipeline.vae, pipeline.config.latent_space), upsampler, num_steps)
     config, factor = upsampler.config, upsampler.config.spatial_factor
 
-    # Sizes that no layer has, so that none of them is taken for a constant of the network.
     batch, height, width = Dim("batch", max=64), Dim("h", min=2, max=MAX_LATENTS), Dim("w", min=2, max=MAX_LATENTS)
+    # Sizes that no layer has, so that none of them is taken for a constant of the network.
     raw_latents = torch.rand(2, config.latent_channels, 11, 13)
-    noise = list(upsampler.draw_noise(raw_latents, num_steps, None)) if config.noise_channels else None
-    arguments = {"image": torch.rand(2, 3, 11 * factor, 13 * factor), "noise": noise}
-    shapes = {"image": {0: batch, 2: factor * height, 3: factor * width}, "noise": None}
+    arguments = {"image": torch.rand(2, 3, 11 * factor, 13 * factor)}
+    shapes = {"image": {0: batch, 2: factor * height, 3: factor * width}}
     if upsampler_only:
         arguments = {"raw_latents": raw_latents, **arguments}
         shapes = {"raw_latents": {0: batch, 2: height, 3: width}, **shapes}
-    names = list(arguments)[:-1]
-    if noise is not None:
-        shapes["noise"] = []
-        for step, parts in enumerate(noise):
-            sizes = {"coarse": 2**step, "fine": 2 ** (step + 1), "refiner": 2 ** (step + 1)}
-            given = {name: size for name, size in sizes.items() if getattr(parts, name) is not None}
-            names += [f"noise_{step}_{name}" for name in given]
-            shapes["noise"].append(
-                StepNoise(
-                    *({0: batch, 2: given[name] * height, 3: given[name] * width} if name in given else None
-                      for name in sizes)
-                )
-            )
+    names = list(arguments)
+    if config.noise_channels:
+        arguments["noise"], shapes["noise"] = list(upsampler.draw_noise(raw_latents, num_steps, None)), []
+        for step, noise in enumerate(arguments["noise"]):
+            axes = {}
+            for part, factor_of_part in (("coarse", 2**step), ("fine", 2 ** (step + 1)), ("refiner", 2 ** (step + 1))):
+                if getattr(noise, part) is None:
+                    axes[part] = None
+                else:
+                    axes[part] = {0: batch, 2: factor_of_part * height, 3: factor_of_part * width}
+                    names.append(f"noise_{step}_{part}")
+            shapes["noise"].append(StepNoise(**axes))
     program = torch.onnx.export(
         graph.eval(),
         kwargs=arguments,
