@@ -20,6 +20,7 @@ pytest.importorskip("onnxscript")
 ROOT = Path(__file__).resolve().parent.parent
 export = runpy.run_path(str(ROOT / "scripts" / "export_onnx.py"))["export"]
 
+
 def open_session(path):
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
