@@ -38,7 +38,7 @@ def check_request(*, scale: float, adain_factor: float, output_type: str, tile_s
         raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
     read_number("adain_factor", adain_factor, minimum=0, maximum=1)
     read_tile_size(tile_size)
-    return num_steps_for_scale(scale, latent_output=output_type == "latent")
+    return num_steps_for_scale(scale)
 
 
 def read_tile_size(tile_size: TileSize) -> int | None:
