@@ -309,12 +309,6 @@ def test_steps_overshoot_to_the_next_power_of_two(scale, steps):
     assert num_steps_for_scale(scale) == steps
 
 
-def test_latents_exist_at_powers_of_two_alone():
-    assert num_steps_for_scale(8, latent_output=True) == 3
-    with pytest.raises(ValueError, match=r"1, 2, 4, 8 or 16 where latents are asked for, got 1\.5"):
-        num_steps_for_scale(1.5, latent_output=True)
-
-
 def test_sizes_are_rounded_to_whole_pixels():
     assert scaled_size((3, 7), 1.37) == (4, 10)
     assert scaled_size((1, 1), 1.2) == (1, 1)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ImagePipelineOutput
+from diffusers import DiffusionPipeline, ImagePipelineOutput
 
 from uplift_diffusers.arguments import read_number
 from uplift_diffusers.images.compression import consistency_for_denoise, denoise_for_quality
@@ -18,8 +18,7 @@ from uplift_diffusers.images.convert import (
     pad_to_multiple,
     read_pictures,
 )
-from uplift_diffusers.latent_space import LatentCodec, LatentSpace
-from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
+from uplift_diffusers.latent_space import Autoencoder, LatentCodec, LatentSpace
 from uplift_diffusers.models.upsampler import UPLiFTModel
 from uplift_diffusers.pipelines.upscale_stage import (
     Progress,
@@ -60,7 +59,7 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | AutoencoderLocal,
+        vae: Autoencoder,
         upsampler: UPLiFTModel,
         latent_space: str | None = None,
     ):

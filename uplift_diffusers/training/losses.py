@@ -91,7 +91,7 @@ class MultiDepthObjective(nn.Module):
             )
             if depth == decoded_depth:
                 # Not clamped: a gradient must flow back from values beyond the range.
-                decoded = self.vae.decode(self.codec.native(steps[-1])).sample.float() / 2 + 0.5
+                decoded = self.codec.decode_sample(steps[-1]).float() / 2 + 0.5
                 consistency = denoise.new_tensor([consistency_for_denoise(d) for d in denoise.tolist()])
                 consistency = consistency[:, None, None, None]
                 losses["pixel"] = F.l1_loss(decoded + consistency * missing_detail(image, decoded), images)
