@@ -25,7 +25,6 @@ from uplift_diffusers import UPLiFTModel, UPLiFTSuperResolutionPipeline, embedde
 from uplift_diffusers.data.dataset import Crop, EpochSampler, Photographs
 from uplift_diffusers.data.sources import FolderSource
 from uplift_diffusers.latent_space import Autoencoder, LatentCodec, LatentSpace
-from uplift_diffusers.models.blocks import add_shared_channels
 from uplift_diffusers.models.local_attention import neighborhood_offsets
 from uplift_diffusers.training.losses import MultiDepthObjective, run_upsampler
 from uplift_diffusers.training.monitoring import UpsamplerValidation
@@ -192,7 +191,7 @@ class Measurement:
         pyramid, latents = self.validation.batches[0]
         self.model(latents[1], image=pyramid[1], num_steps=1, generator=torch.Generator().manual_seed(0))
         hook.remove()
-        weights = add_shared_channels(attender.conv(guides[0]), guides[0]).softmax(dim=1)
+        weights = attender.logits(guides[0]).softmax(dim=1)
         return weights[:, neighborhood_offsets(attender.neighborhood).index((0, 0))].mean().item()
 
 

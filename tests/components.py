@@ -99,9 +99,10 @@ def make_vae(scaling_factor: float = 0.18215, latent_channels: int = 4, **config
     ).eval()
 
 
-def make_tiny_vae() -> AutoencoderTiny:
+def make_tiny_vae(latent_channels: int = 4) -> AutoencoderTiny:
     torch.manual_seed(2)
     return AutoencoderTiny(
+        latent_channels=latent_channels,
         encoder_block_out_channels=(8, 8, 8, 8),
         decoder_block_out_channels=(8, 8, 8, 8),
         num_encoder_blocks=(1, 1, 1, 1),

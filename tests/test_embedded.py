@@ -2,6 +2,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -74,6 +75,17 @@ def test_bundle_is_ahead_of_bicubic_on_the_examples(scores):
     assert scores[2]["uplift"]["ssim"].value > scores[2]["bicubic"]["ssim"].value
     assert scores[4]["uplift"]["psnr"].value > scores[4]["bicubic"]["psnr"].value
     assert scores[4]["uplift"]["ssim"].value > scores[4]["bicubic"]["ssim"].value
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_an_enlarged_example_reduced_is_the_example_to_within_a_level(scale):
+    pipeline = UPLiFTSuperResolutionPipeline.from_pretrained(embedded_bundle())
+    image = Image.open(EXAMPLES / "cat.png").convert("RGB").crop((60, 40, 220, 160))
+    enlarged = pipeline(image=image, scale=scale).images[0]
+    reduced = enlarged.resize(image.size, Image.Resampling.BICUBIC)
+    difference = np.abs(np.asarray(reduced, dtype=float) - np.asarray(image, dtype=float))
+    assert difference.mean() < 0.5
+    assert np.quantile(difference, 0.99) <= 2
 
 
 def test_the_same_image_gives_the_same_output_twice():

@@ -9,9 +9,11 @@ from PIL import Image
 from tests import components
 from tests.components import VAES, count_calls, random_latents, seeded, smooth_images, state_of
 from uplift_diffusers import LatentSpace, UPLiFTLatentUpscalePipeline, UPLiFTTextToImagePipeline
+from uplift_diffusers.images.convert import resize
 from uplift_diffusers.latent_space import LatentCodec
 from uplift_diffusers.pipelines.upscale_stage import match_channel_statistics
 from uplift_diffusers.runtime import dtype_option
+from uplift_diffusers.scale import num_steps_for_scale
 
 
 def make_pipeline(vae=None):
@@ -72,6 +74,16 @@ def test_the_image_is_the_decoded_output_of_the_upsampler_under_the_decoded_guid
     torch.testing.assert_close(call(pipe, latents=latents, scale=4), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(call(pipe, "latent", latents=latents, scale=4), raw * 0.18215, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(call(pipe, latents=latents, image=guide, scale=4), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("scale", "size"), [(1.5, (6, 9)), (2.5, (10, 15)), (1.1, (4, 7))])
+def test_latents_between_powers_of_two_are_those_of_the_reduced_image(pipe, scale, size):
+    latents = random_latents(pipe)
+    large = call(pipe, latents=latents, scale=2 ** num_steps_for_scale(scale))
+    with torch.no_grad():
+        reduced = resize(large, (8 * size[0], 8 * size[1]))
+        expected = 0.18215 * pipe.vae.encode(reduced * 2 - 1).latent_dist.mode()
+    torch.testing.assert_close(call(pipe, "latent", latents=latents, scale=scale), expected, rtol=0, atol=1e-5)
 
 
 def test_scale_1_decodes_alone(pipe, monkeypatch):
@@ -254,7 +266,7 @@ def test_an_unknown_keyword_is_refused(pipe):
         ),
         ({"latents": torch.zeros(1, 4, 4, 4), "image": smooth_images(1, 32, 40)}, ValueError, "`image` must be 1 im"),
         ({"latents": torch.zeros(2, 4, 4, 4), "image": smooth_images(1, 32, 32)}, ValueError, "`image` must be 2 im"),
-        ({"latents": torch.zeros(1, 4, 4, 4), "scale": 3, "output_type": "latent"}, ValueError, "1, 2, 4, 8 or 16"),
+        ({"image": smooth_images(1, 32, 32), "height": 32, "width": 32}, ValueError, "left out without `latents`"),
         ({"latents": torch.zeros(1, 4, 4, 4), "scale": 17}, ValueError, "`scale` must be from 1 to 16, got 17"),
         ({"latents": torch.zeros(1, 4, 4, 4), "scale": "2"}, TypeError, "`scale` must be a number, got str"),
         ({"latents": torch.zeros(1, 4, 4, 4), "adain_factor": 1.1}, ValueError, "`adain_factor` must be from 0 to 1"),

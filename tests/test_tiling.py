@@ -39,6 +39,13 @@ FAMILIES = {
     },
     "refiner residual": {"refiner_residual": True, "neighborhood": 25, "refiner_layers": 2},
     "image residual": {"image_residual": True, "norm_type": "bias", "noise_channels": 0},
+    "image residual, stem": {
+        "image_residual": True,
+        "encoder_stem_layers": 2,
+        "encoder_stem_channels": 7,
+        "denoise_channel": True,
+        "attender_residual": False,
+    },
     "neighborhood 5": {"neighborhood": 5, "refiner_layers": 0},
     "neighborhood 9": {"neighborhood": 9, "noise_channels": 0, "decoder_layers": (2, 1)},
     "neighborhood 13": {"neighborhood": 13, "refiner_layers": 1, "decoder_layers": (1, 1)},
@@ -204,9 +211,9 @@ def test_a_halo_of_latents_that_is_one_smaller_is_wrong(monkeypatch, refiner_lay
     assert tiling_difference(model, (30, 30), num_steps=1, tile=10) > 1000 * EXACT
 
 
-@pytest.mark.parametrize("part", ["encoder.blocks.0", "encoder.stem"])
+@pytest.mark.parametrize("part", ["encoder.blocks.0", "stem"])
 def test_a_halo_of_the_image_that_is_one_smaller_is_wrong(monkeypatch, part):
-    settings = {"encoder_stem_layers": 1} if part == "encoder.stem" else {}
+    settings = {"encoder_stem_layers": 1} if part == "stem" else {}
     model = make_model(encoder_patch_size=8, **settings).double()
     assert tiling_difference(model, (30, 30), num_steps=1, tile=10) <= EXACT
     shorten(monkeypatch, model.get_submodule(part))

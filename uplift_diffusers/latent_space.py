@@ -1,20 +1,40 @@
 """LatentSpace, what a VAE's latents are; LatentCodec, which runs any of diffusers' image autoencoders."""
 
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, ModelMixin
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+    AutoencoderTiny,
+    ModelMixin,
+)
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import is_compiled_module
 
+from uplift_diffusers.arguments import read_whole_number
+from uplift_diffusers.images.convert import resize
 from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
 
 logger = logging.get_logger(__name__)
 
-Autoencoder = AutoencoderKL | AutoencoderTiny | AutoencoderDC | AutoencoderLocal
+VideoAutoencoder = AutoencoderKLQwenImage | AutoencoderKLWan
+Autoencoder = (
+    AutoencoderKL | AutoencoderKLFlux2 | AutoencoderTiny | AutoencoderDC | AutoencoderLocal | VideoAutoencoder
+)
+Factor = float | tuple[float, ...]
+
+PACKING = 2
+"""Edge of the patches of latents that transformers see as one token."""
 
 
 @dataclass(frozen=True)
@@ -22,22 +42,23 @@ class LatentSpace:
     """
     The latents of a VAE.
 
-    Raw latents are what upsamplers see: the posterior's mode, unscaled. Latents (without "raw") are what diffusers
-    passes between pipelines: `(raw_latents - shift_factor) * scaling_factor`.
+    Raw latents are what upsamplers see: the posterior's mode, unscaled, always (B, channels, h, w). Latents (without
+    "raw") are scaled as diffusers' denoisers see them: `(raw_latents - shift_factor) * scaling_factor`. What its
+    pipelines return with `output_type="latent"` may have another layout on top of that; see `read`.
 
     Args:
         name: the identity that an upsampler's `config.latent_space` is compared with.
         channels: channels of the latents.
         spatial_factor: image pixels per latent position, along each axis.
-        scaling_factor: see above.
-        shift_factor: see above.
+        scaling_factor: one for all channels, or one for each.
+        shift_factor: likewise.
     """
 
     name: str
     channels: int
     spatial_factor: int
-    scaling_factor: float
-    shift_factor: float = 0.0
+    scaling_factor: Factor
+    shift_factor: Factor = 0.0
 
     @classmethod
     def of(cls, vae: Autoencoder, name: str | None = None) -> "LatentSpace":
@@ -45,62 +66,134 @@ class LatentSpace:
         The latent space of `vae`.
 
         Args:
-            vae: AutoencoderKL, AutoencoderTiny, AutoencoderDC or AutoencoderLocal.
+            vae: one of the classes of `Autoencoder`.
             name: declares which space the VAE's latents belong to, for a VAE that cannot be told by its config: a
                 fine-tuned one, or an AutoencoderTiny, whose config does not say which VAE it stands in for.
         Raises:
             TypeError: another kind of VAE.
-            ValueError: the VAE contradicts the space it is declared to be of, or normalizes its latents channel by
-                channel.
+            ValueError: the VAE contradicts the space it is declared to be of, encodes other than RGB images, or is an
+                AutoencoderKL with a mean and a deviation for each channel.
         """
         vae = unwrap_compiled(vae)
         if not isinstance(vae, Autoencoder):
-            raise TypeError(
-                "`vae` must be an AutoencoderKL, AutoencoderTiny, AutoencoderDC or AutoencoderLocal, "
-                f"got {type(vae).__name__}."
-            )
-        if getattr(vae.config, "latents_mean", None) is not None:
-            raise ValueError(
-                "`vae` must scale its latents by one factor, got one with `latents_mean` and `latents_std` for each "
-                "channel, which no latent space here has."
-            )
-        channels, spatial_factor = vae.config.latent_channels, _spatial_factor(vae)
-        scaling_factor = vae.config.scaling_factor
-        shift_factor = getattr(vae.config, "shift_factor", None) or 0.0
+            *names, last = (kind.__name__ for kind in get_args(Autoencoder))
+            raise TypeError(f"`vae` must be an {', '.join(names)} or {last}, got {type(vae).__name__}.")
+        space = _describe(vae)
         declared = KNOWN_SPACES.get(name)
-        if declared is not None and (declared.channels, declared.spatial_factor) != (channels, spatial_factor):
+        if declared is not None and declared.shape != space.shape:
             raise ValueError(
                 f"`latent_space` must be the VAE's own: {name!r} has {declared.channels} channels and spatial factor "
-                f"{declared.spatial_factor}, got a VAE with {channels} channels and spatial factor {spatial_factor}."
+                f"{declared.spatial_factor}, got a VAE with {space.channels} channels and spatial factor "
+                f"{space.spatial_factor}."
             )
         if isinstance(vae, AutoencoderTiny) and declared is not None:
             # Tiny autoencoders are trained on the scaled latents of the VAE they stand in for.
-            scaling_factor, shift_factor = declared.scaling_factor, declared.shift_factor
-        space = cls("", channels, spatial_factor, scaling_factor, shift_factor)
-        return cls(name or _identify(vae, space), channels, spatial_factor, scaling_factor, shift_factor)
+            return declared
+        return replace(space, name=name or _identify(vae, space))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Channels and spatial factor."""
+        return self.channels, self.spatial_factor
 
     def normalize(self, raw_latents: torch.Tensor) -> torch.Tensor:
-        """Raw latents -> latents as diffusers passes them between pipelines."""
-        return (raw_latents - self.shift_factor) * self.scaling_factor
+        """Raw latents (B, C, h, w) -> latents (B, C, h, w), scaled as diffusers' denoisers see them."""
+        shift, scale = _broadcast(self.shift_factor, raw_latents), _broadcast(self.scaling_factor, raw_latents)
+        return (raw_latents - shift) * scale
 
     def denormalize(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents as diffusers passes them between pipelines -> raw latents."""
-        return latents / self.scaling_factor + self.shift_factor
+        """Latents (B, C, h, w), scaled as diffusers' denoisers see them -> raw latents (B, C, h, w)."""
+        return latents / _broadcast(self.scaling_factor, latents) + _broadcast(self.shift_factor, latents)
+
+    def read(self, latents: torch.Tensor, *, size: tuple[int, int]) -> torch.Tensor:
+        """
+        What a diffusers pipeline returns with `output_type="latent"` -> raw latents.
+
+        Args:
+            latents: (B, C, h, w), (B, C, 1, h, w), or packed, (B, h/2 * w/2, 4C): 2x2 patches in rows.
+            size: (h, w), as `check_layout` returns it.
+        Returns:
+            (B, C, h, w), dtype of `latents`.
+        """
+        if latents.ndim == 3:
+            height, width = size
+            latents = latents.transpose(1, 2).unflatten(2, (height // PACKING, width // PACKING))
+            latents = F.pixel_shuffle(latents, PACKING)  # (B, C, h, w)
+        elif latents.ndim == 5:
+            latents = latents.squeeze(2)
+        return self.denormalize(latents)
+
+    def write(self, raw_latents: torch.Tensor, *, ndim: int = 4) -> torch.Tensor:
+        """
+        The inverse of `read`.
+
+        Args:
+            raw_latents: (B, C, h, w); h and w even if they are to be packed.
+            ndim: of the layout: 4, 5, or 3 for packed latents.
+        """
+        latents = self.normalize(raw_latents)
+        if ndim == 3:
+            return F.pixel_unshuffle(latents, PACKING).flatten(2).transpose(1, 2)  # (B, h/2 * w/2, 4C)
+        return latents.unsqueeze(2) if ndim == 5 else latents
+
+    def check_layout(
+        self, latents: torch.Tensor, *, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int]:
+        """
+        Check latents in any layout that `read` takes.
+
+        Args:
+            latents: what a diffusers pipeline returned with `output_type="latent"`.
+            height, width: of the image in pixels, as that pipeline was called; packed latents do not say them.
+        Returns:
+            (h, w) in latents.
+        Raises:
+            TypeError: `latents` are not a tensor; `height` or `width` is not a whole number.
+            ValueError: they are not finite, have another shape, or belong to an image of another size; packed ones
+                without `height` and `width`.
+        """
+        _check_tensor(latents)
+        shape, channels = tuple(latents.shape), self.channels
+        is_packed = latents.ndim == 3 and shape[2] == PACKING**2 * channels
+        is_video = latents.ndim == 5 and shape[1:3] == (channels, 1)
+        if not (is_packed or is_video or (latents.ndim == 4 and shape[1] == channels)):
+            raise ValueError(
+                f"`latents` must be (B, {channels}, h, w), one frame (B, {channels}, 1, h, w) or packed "
+                f"(B, h/2 * w/2, {PACKING**2 * channels}) for the latent space {self.name!r}, got {shape}."
+            )
+        given = [value for value in (height, width) if value is not None]
+        if len(given) == 1 or (is_packed and not given):
+            raise ValueError(
+                f"`height` and `width` must both be given for packed latents of shape {shape}, "
+                f"got {height} and {width}. Pass those of the image, in pixels."
+            )
+        size = shape[-2:]
+        if given:
+            # Rounded down to whole patches, as the pipelines round the size that they are called with.
+            step = self.spatial_factor * (PACKING if is_packed else 1)
+            rows, columns = (
+                read_whole_number(name, value, minimum=step) // step
+                for name, value in (("height", height), ("width", width))
+            )
+            expected = rows * columns if is_packed else (rows, columns)
+            if expected != (shape[1] if is_packed else size):
+                raise ValueError(
+                    f"`height` and `width` must be those of the image of `latents`, got {height} and {width} pixels "
+                    f"for latents of shape {shape}."
+                )
+            size = (rows * PACKING, columns * PACKING) if is_packed else size
+        _check_all_finite(latents)
+        return size
 
     def check_latents(self, latents: torch.Tensor) -> None:
         """Raise TypeError unless `latents` are a tensor, ValueError unless they are finite and (B, channels, h, w)."""
-        if not isinstance(latents, torch.Tensor):
-            raise TypeError(f"`latents` must be a tensor, got {type(latents).__name__}.")
+        _check_tensor(latents)
         if latents.ndim != 4 or latents.shape[1] != self.channels:
             raise ValueError(
                 f"`latents` must be (B, {self.channels}, h, w) for the latent space {self.name!r}, "
                 f"got {tuple(latents.shape)}."
             )
-        if not torch.isfinite(latents).all():
-            raise ValueError(
-                "`latents` must be finite, got NaN or infinity. A half-precision pipeline may have overflowed: "
-                "run it in float32 or bfloat16."
-            )
+        _check_all_finite(latents)
 
     def check_upsampler(self, upsampler: ModelMixin) -> None:
         """Raise ValueError, saying what was wanted and what was got, unless `upsampler` was trained for this space."""
@@ -113,10 +206,70 @@ class LatentSpace:
             f"{wanted[0]!r} ({wanted[1]} channels, spatial factor {wanted[2]}), got "
             f"{self.name!r} ({self.channels} channels, spatial factor {self.spatial_factor})."
         )
-        if wanted[1:] == (self.channels, self.spatial_factor):
+        if wanted[1:] == self.shape:
             sentence += f" If these are the same latents under another name, pass latent_space={wanted[0]!r}."
         raise ValueError(sentence)
 
+
+@dataclass(frozen=True)
+class Flux2LatentSpace(LatentSpace):
+    """
+    The latents of FLUX.2, whose 2x2 patches the denoiser sees normalized by the VAE's batch-norm statistics.
+
+    `Flux2Pipeline` returns packed, normalized latents; `Flux2KleinPipeline` raw ones, (B, C, h, w).
+
+    Args:
+        patch_mean, patch_std: 4C values, of every channel at every position of a patch. An AutoencoderTiny has none:
+            it reads raw latents only.
+    """
+
+    patch_mean: tuple[float, ...] | None = None
+    patch_std: tuple[float, ...] | None = None
+
+    def normalize(self, raw_latents: torch.Tensor) -> torch.Tensor:
+        mean, std = self._statistics(raw_latents)
+        return F.pixel_shuffle((F.pixel_unshuffle(raw_latents, PACKING) - mean) / std, PACKING)
+
+    def denormalize(self, latents: torch.Tensor) -> torch.Tensor:
+        mean, std = self._statistics(latents)
+        return F.pixel_shuffle(F.pixel_unshuffle(latents, PACKING) * std + mean, PACKING)
+
+    def read(self, latents: torch.Tensor, *, size: tuple[int, int]) -> torch.Tensor:
+        return latents if latents.ndim == 4 else super().read(latents, size=size)
+
+    def write(self, raw_latents: torch.Tensor, *, ndim: int = 4) -> torch.Tensor:
+        return raw_latents if ndim == 4 else super().write(raw_latents, ndim=ndim)
+
+    def check_layout(
+        self, latents: torch.Tensor, *, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int]:
+        size = super().check_layout(latents, height=height, width=width)
+        if latents.ndim != 4:
+            self._statistics(latents)
+        return size
+
+    def _statistics(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.patch_mean is None or self.patch_std is None:
+            raise ValueError(
+                "`latents` must be raw, (B, C, h, w), for a VAE without the batch-norm statistics of FLUX.2, "
+                f"got {tuple(latents.shape)}. Use the AutoencoderKLFlux2, or denormalize them with its statistics."
+            )
+        return _broadcast(self.patch_mean, latents), _broadcast(self.patch_std, latents)
+
+
+def _read_statistics(mean: list[float], std: list[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of every channel -> scaling and shift factors, rounded as diffusers' pipelines round them."""
+    return tuple((1.0 / torch.tensor(std)).tolist()), tuple(mean)
+
+
+WAN21_MEAN = (
+    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+)
+WAN21_STD = (
+    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+)
 
 KNOWN_SPACES = {
     space.name: space
@@ -125,10 +278,17 @@ KNOWN_SPACES = {
         LatentSpace("sdxl-vae", 4, 8, 0.13025),
         LatentSpace("sd3-vae", 16, 8, 1.5305, 0.0609),
         LatentSpace("flux-vae", 16, 8, 0.3611, 0.1159),
+        Flux2LatentSpace("flux2-vae", 32, 8, 1.0),
+        LatentSpace("wan21-vae", 16, 8, *_read_statistics(WAN21_MEAN, WAN21_STD)),
         LatentSpace("sana-dc-ae", 32, 32, 0.41407),
     )
 }
-"""Latent spaces told by channels, spatial factor, scale and shift; sd15-vae is also Stable Diffusion 1.x and 2.x."""
+"""
+Latent spaces told by channels, spatial factor, scale and shift.
+
+sd15-vae is that of Stable Diffusion 1.x and 2.x; flux-vae of FLUX.1 and Z-Image; flux2-vae of FLUX.2, dev and klein;
+wan21-vae of Wan 2.1 and of Qwen-Image, whose VAE has the encoder of Wan 2.1 and a decoder trained for images.
+"""
 
 
 class LatentCodec:
@@ -140,7 +300,7 @@ class LatentCodec:
     the flag says nothing, for it is AutoencoderKL's default.
 
     Args:
-        vae: AutoencoderKL, AutoencoderTiny, AutoencoderDC or AutoencoderLocal.
+        vae: one of the classes of `Autoencoder`. One for videos is given pictures of one frame.
         latent_space: the space, or the name of the space, that the VAE's latents belong to, where its config does not
             say it; see `LatentSpace.of`.
     Raises:
@@ -160,21 +320,27 @@ class LatentCodec:
         Raises:
             ValueError: the output is not finite, in float32 either.
         """
+        return self._run_finite(self.encode_sample, image * 2 - 1)
 
-        def encode(sample: torch.Tensor) -> torch.Tensor:
-            output = self.vae.encode(sample)
-            if hasattr(output, "latent_dist"):
-                return output.latent_dist.mode()
-            if hasattr(output, "latents"):  # an AutoencoderTiny's, which are scaled
-                return self.space.denormalize(output.latents)
-            return output.latent
-
-        return self._run_finite(encode, image * 2 - 1)
+    def encode_sample(self, sample: torch.Tensor) -> torch.Tensor:
+        """Raw latents of (B, 3, H, W) in [-1, 1] in the VAE's dtype, not checked."""
+        output = self.vae.encode(sample.unsqueeze(2) if self._is_video else sample)
+        if hasattr(output, "latent_dist"):
+            mode = output.latent_dist.mode()
+            return mode.squeeze(2) if self._is_video else mode
+        if hasattr(output, "latents"):  # an AutoencoderTiny's, which are scaled
+            return self.space.read(output.latents, size=output.latents.shape[2:])
+        return output.latent
 
     def native(self, raw_latents: torch.Tensor) -> torch.Tensor:
-        """Raw latents -> what `vae.decode` takes: the same, but for an AutoencoderTiny, which takes scaled ones."""
-        is_tiny = isinstance(unwrap_compiled(self.vae), AutoencoderTiny)
-        return self.space.normalize(raw_latents) if is_tiny else raw_latents
+        """Raw latents -> what `vae.decode` takes: scaled for an AutoencoderTiny, one frame for a VAE for videos."""
+        if isinstance(unwrap_compiled(self.vae), AutoencoderTiny):
+            return self.space.write(raw_latents)
+        return raw_latents.unsqueeze(2) if self._is_video else raw_latents
+
+    @property
+    def _is_video(self) -> bool:
+        return isinstance(unwrap_compiled(self.vae), VideoAutoencoder)
 
     def decode(self, raw_latents: torch.Tensor) -> torch.Tensor:
         """
@@ -183,8 +349,29 @@ class LatentCodec:
         Raises:
             ValueError: the output is not finite, in float32 either.
         """
-        sample = self._run_finite(lambda latents: self.vae.decode(latents).sample, self.native(raw_latents))
-        return _to_image(sample)
+        return _to_image(self._run_finite(self.decode_sample, raw_latents))
+
+    def decode_sample(self, raw_latents: torch.Tensor) -> torch.Tensor:
+        """What the VAE decodes raw latents of its dtype to: (B, 3, H, W), about [-1, 1], not checked."""
+        sample = self.vae.decode(self.native(raw_latents)).sample
+        return sample[:, :, 0] if self._is_video else sample
+
+    def resize(self, raw_latents: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """
+        Raw latents of the same picture at another size: decoded, resized in pixels, encoded again.
+
+        Interpolated latents decode to blur; what this costs is one round trip through the VAE.
+
+        Args:
+            raw_latents: (B, C, h, w).
+            size: (height, width) in latents.
+        Returns:
+            (B, C, *size).
+        """
+        if tuple(raw_latents.shape[2:]) == tuple(size):
+            return raw_latents
+        height, width = (length * self.space.spatial_factor for length in size)
+        return self.encode(resize(self.decode(raw_latents), (height, width)))
 
     def count_strips(self, size: tuple[int, int]) -> int:
         """How many strips `decode_strips` gives for latents of `size` (h, w)."""
@@ -272,13 +459,33 @@ def _in_float32(vae: Autoencoder) -> Iterator[None]:
             tensor.data = tensor.data.half()
 
 
-def _spatial_factor(vae: Autoencoder) -> int:
+def _describe(vae: Autoencoder) -> LatentSpace:
+    """The latent space of `vae`, without its name."""
+    config = vae.config
+    in_channels = config.get("in_channels", config.get("input_channels", 3))
+    if isinstance(vae, AutoencoderKLWan):
+        in_channels //= (config.patch_size or 1) ** 2  # of Wan 2.2 the config counts those of patches
+    if in_channels != 3:
+        raise ValueError(f"`vae` must encode RGB images, got one of {in_channels} channels.")
+    if isinstance(vae, VideoAutoencoder):
+        factor = config.get("scale_factor_spatial", 2 ** len(config.temperal_downsample))
+        return LatentSpace("", config.z_dim, factor, *_read_statistics(config.latents_mean, config.latents_std))
+    if config.get("latents_mean") is not None:
+        raise ValueError(
+            f"`vae` must scale its latents by one factor if it is an {type(vae).__name__}, got one with "
+            "`latents_mean` and `latents_std` for each channel."
+        )
     if isinstance(vae, AutoencoderLocal):
-        return vae.spatial_factor
-    widths = (
-        vae.config.encoder_block_out_channels if not isinstance(vae, AutoencoderKL) else vae.config.block_out_channels
-    )
-    return 2 ** (len(widths) - 1)
+        return LatentSpace("", config.latent_channels, vae.spatial_factor, config.scaling_factor)
+    widths = config.get("encoder_block_out_channels") or config.block_out_channels
+    shape = config.latent_channels, 2 ** (len(widths) - 1)
+    if isinstance(vae, AutoencoderKLFlux2):
+        # Buffers, not weights: they are where the VAE runs, also if its weights are offloaded.
+        std = torch.sqrt(vae.bn.running_var.float() + config.batch_norm_eps)
+        return Flux2LatentSpace(
+            "", *shape, 1.0, patch_mean=tuple(vae.bn.running_mean.tolist()), patch_std=tuple(std.tolist())
+        )
+    return LatentSpace("", *shape, config.scaling_factor, config.get("shift_factor") or 0.0)
 
 
 def _identify(vae: Autoencoder, space: LatentSpace) -> str:
@@ -287,11 +494,34 @@ def _identify(vae: Autoencoder, space: LatentSpace) -> str:
         return vae.config.latent_space
     if not isinstance(vae, AutoencoderTiny):
         for known in KNOWN_SPACES.values():
-            if known == LatentSpace(known.name, *_numbers(space)):
+            if known == _without_weights(replace(space, name=known.name)):
                 return known.name
-    shift = f"-shift{space.shift_factor:g}" if space.shift_factor else ""
-    return f"{type(vae).__name__}-c{space.channels}-f{space.spatial_factor}-scale{space.scaling_factor:g}{shift}"
+    name = f"{type(vae).__name__}-c{space.channels}-f{space.spatial_factor}"
+    if isinstance(space.scaling_factor, tuple):
+        statistics = repr((space.scaling_factor, space.shift_factor)).encode()
+        return f"{name}-statistics{zlib.crc32(statistics):08x}"
+    scale = "" if isinstance(space, Flux2LatentSpace) else f"-scale{space.scaling_factor:g}"
+    return name + scale + (f"-shift{space.shift_factor:g}" if space.shift_factor else "")
 
 
-def _numbers(space: LatentSpace) -> tuple[int, int, float, float]:
-    return space.channels, space.spatial_factor, space.scaling_factor, space.shift_factor
+def _without_weights(space: LatentSpace) -> LatentSpace:
+    """`space` without what stands in the VAE's weights, not in its config."""
+    return replace(space, patch_mean=None, patch_std=None) if isinstance(space, Flux2LatentSpace) else space
+
+
+def _broadcast(factor: Factor, latents: torch.Tensor) -> float | torch.Tensor:
+    """One factor as it is, or one for each channel as (C, 1, 1)."""
+    return latents.new_tensor(factor)[:, None, None] if isinstance(factor, tuple) else factor
+
+
+def _check_tensor(latents: torch.Tensor) -> None:
+    if not isinstance(latents, torch.Tensor):
+        raise TypeError(f"`latents` must be a tensor, got {type(latents).__name__}.")
+
+
+def _check_all_finite(latents: torch.Tensor) -> None:
+    if not torch.isfinite(latents).all():
+        raise ValueError(
+            "`latents` must be finite, got NaN or infinity. A half-precision pipeline may have overflowed: "
+            "run it in float32 or bfloat16."
+        )

@@ -12,6 +12,7 @@ step to what the next ones need.
 
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -137,6 +138,7 @@ def upsample_tiled(
     image: torch.Tensor,
     num_steps: int = 1,
     generator: "Generator" = None,
+    denoise: float = 0.0,
     tile_size: int,
     callback_on_step: Callable[[], None] | None = None,
 ) -> torch.Tensor:
@@ -144,7 +146,7 @@ def upsample_tiled(
     `model(raw_latents, image=image, num_steps=num_steps, generator=generator).sample`, tile by tile.
 
     Args:
-        model, raw_latents, image, num_steps, generator, tile_size: as for `iterate_tiles`.
+        model, raw_latents, image, num_steps, generator, denoise, tile_size: as for `iterate_tiles`.
         callback_on_step: called after every step of every tile. What it raises ends the work.
     Returns:
         (B, C, h * 2**num_steps, w * 2**num_steps), dtype and device of `raw_latents`, without gradient.
@@ -158,6 +160,7 @@ def upsample_tiled(
         image=image,
         num_steps=num_steps,
         generator=generator,
+        denoise=denoise,
         tile_size=tile_size,
         callback_on_step=callback_on_step,
     ):
@@ -175,6 +178,7 @@ def iterate_tiles(
     image: torch.Tensor,
     num_steps: int = 1,
     generator: "Generator" = None,
+    denoise: float = 0.0,
     tile_size: int,
     callback_on_step: Callable[[], None] | None = None,
 ) -> Iterator[tuple[Window, torch.Tensor]]:
@@ -190,6 +194,7 @@ def iterate_tiles(
         image: (B, 3, h * spatial_factor, w * spatial_factor) float in [0, 1]; may lie on another device.
         num_steps: number of 2x steps, >= 1.
         generator: one generator, or one for each item of the batch.
+        denoise: from 0 to 1, as for `UPLiFTModel.forward`.
         tile_size: largest edge of a tile in pixels of `image`, at least the model's `spatial_factor`. It does not
             change the output. A tile is computed with its halo: below a few hundred pixels most of the work is halo.
         callback_on_step: called after every step of every tile. What it raises ends the work.
@@ -207,6 +212,7 @@ def iterate_tiles(
     num_steps = model.check_inputs(raw_latents, image, num_steps, generator)
     _check_local(model)
     edge = tile_edge(tile_size, model.config.spatial_factor)
+    encode = partial(encode, denoise=denoise)
     tiles = [tile for row in split_into_tiles(tuple(raw_latents.shape[2:]), edge) for tile in row]
 
     def watched_step(*arguments) -> torch.Tensor:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from comfy_api.latest import ComfyExtension, io
 
-from uplift_diffusers.images.convert import fill_transparent, pad_to_multiple, resize
+from uplift_diffusers.arguments import read_number
+from uplift_diffusers.images.convert import fill_transparent, missing_detail, pad_to_multiple, resize
 from uplift_diffusers.latent_space import KNOWN_SPACES
 from uplift_diffusers.pipelines.upscale_stage import Progress, read_tile_size, upscale_raw_latents
 from uplift_diffusers.scale import MAX_SCALE, num_steps_for_scale, read_scale, scaled_size
@@ -126,18 +127,28 @@ class UpscaleImage(io.ComfyNode):
                     "vae", optional=True, tooltip="Not needed if the upsampler has its own, as the embedded bundle."
                 ),
                 io.Model.Input("model", optional=True, tooltip="The model of the VAE, which tells the latent space."),
+                io.Float.Input(
+                    "consistency",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="How closely the result, reduced, equals the image. Lower it for compressed images.",
+                ),
             ],
             outputs=[io.Image.Output()],
         )
 
     @classmethod
     def execute(
-        cls, upscale_model, image, scale, seed, tile_size, latent_space, vae=None, model=None
+        cls, upscale_model, image, scale, seed, tile_size, latent_space, vae=None, model=None, consistency=1.0
     ) -> io.NodeOutput:
         # 1. Check inputs
         upsampler = check_upsampler(upscale_model)
         num_steps, scale = num_steps_for_scale(scale), read_scale(scale)
         read_tile_size(tile_size)
+        consistency = read_number("consistency", consistency, minimum=0, maximum=1)
         vae = upsampler.vae if vae is None else vae
         if vae is None:
             raise ValueError("`vae` must be connected: the upsampler was saved without one.")
@@ -163,7 +174,12 @@ class UpscaleImage(io.ComfyNode):
         # 4. Decode, cut what was padded, reduce to the exact size
         result = image.new_empty(len(image), image.shape[1], *wanted)
         for index, latents in enumerate(raw_latents.split(1)):
-            result[index, :3] = resize(decode(vae, latents)[:, :3, : made[0], : made[1]], wanted)[0]
+            enlarged = decode(vae, latents)[:, :3, : made[0], : made[1]]
+            small = color[index : index + 1].to(enlarged)
+            enlarged = (enlarged + consistency * missing_detail(small, enlarged)).clamp_(
+                0, 1
+            )  # as the pipeline has it
+            result[index, :3] = resize(enlarged, wanted)[0]
             progress.advance()
         if alpha.shape[1]:
             result[:, 3:] = F.interpolate(alpha, size=wanted, mode="bilinear")

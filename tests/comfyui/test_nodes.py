@@ -123,7 +123,7 @@ def test_latent_node_equals_the_image_node(comfyui):
         "guided by decoded": upscale_latent("latent", image=["decoded small", 0]),
         "not guided": upscale_latent("latent"),
         "from decoded": node("VAEDecode", samples=["guided by photo", 0], vae=["vae", 0]),
-        "from image node": upscale_image("photo"),
+        "from image node": upscale_image("photo", consistency=0.0),  # latents have none
     }
     for name in ("from decoded", "from image node"):
         prompt[f"save {name}"] = save(name)

@@ -174,7 +174,7 @@ def test_the_second_stage_starts_from_the_stem(tmp_path, denoise_channel):
     assert (model.config.encoder_stem_channels, model.config.encoder_stem_layers) == (12, 3)
     expected = stage.stem.state_dict()
     assert len(expected) == 3 * (2 + 2 + 2)  # convolutions, biases after them, and a projection with its bias
-    for name, value in model.encoder.stem.state_dict().items():
+    for name, value in model.stem.state_dict().items():
         assert torch.equal(value, expected[name])
 
 

@@ -70,22 +70,21 @@ def test_noise_lands_in_the_starting_latents_and_never_in_targets():
 
 
 def test_degraded_inputs_reach_the_model_with_their_strength_and_targets_stay_clean(monkeypatch):
-    model = make_model(noise_channels=0).eval()
-    model.register_to_config(denoise_channel=True)
+    model = make_model(noise_channels=0, denoise_channel=True).eval()
     objective = make_objective(model, latent_noise=0.0, pixel_weight=0.0, depths=(1,), degraded_probability=0.5)
     images = torch.rand(8, 3, 64, 64, generator=seeded())
     seen, forward = [], model.forward
 
     def with_channel(latents, *, image, denoise, **settings):
         seen.append((latents, image, denoise))
-        return forward(latents, image=image, **settings)
+        return forward(latents, image=image, denoise=denoise, **settings)
 
     monkeypatch.setattr(model, "forward", with_channel)
     with torch.no_grad():
         losses = objective(images, generator=seeded())
         clean, target = image_pyramid(images, 1)[1], LatentCodec(objective.vae, SPACE).encode(images)
         ((latents, image, denoise),) = seen
-        step = forward(latents, image=image, num_steps=1).sample
+        step = forward(latents, image=image, denoise=denoise, num_steps=1).sample
     changed = (image != clean).flatten(1).any(dim=1)
     assert torch.equal(changed, denoise > 0)
     assert 0 < changed.sum() < 8

@@ -31,6 +31,22 @@ def parse_scale(text: str) -> float:
     return scale
 
 
+def parse_share(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = float("nan")
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
+    return share
+
+
+def parse_denoise(text: str) -> float | str:
+    """`auto` or a number from 0 to 1."""
+    return text if text == "auto" else parse_share(text)
+
+
 def parse_megapixels(text: str) -> float:
     """A number above 0."""
     try:

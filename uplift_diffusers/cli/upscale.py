@@ -9,7 +9,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from uplift_diffusers.cli.arguments import parse_count, parse_megapixels, parse_scale, parse_seed, parse_size
+from uplift_diffusers.cli.arguments import (
+    parse_count,
+    parse_denoise,
+    parse_megapixels,
+    parse_scale,
+    parse_seed,
+    parse_share,
+    parse_size,
+)
 from uplift_diffusers.cli.console import CommandError, as_flags, say, tell
 from uplift_diffusers.embedded import embedded_bundle
 from uplift_diffusers.runtime import choose_device, process_share, sum_over_processes
@@ -51,7 +59,8 @@ What becomes of a picture:
   tiff) are kept; 16-bit colour becomes 8-bit. Where the output has no alpha (jpg, bmp) the picture is laid on white.
   jpg has quality 95 without chroma subsampling, webp quality 95, the others are lossless. The colour profile and what
   EXIF says of the picture are kept, but the orientation is applied and its tag left out. Of an animation or a
-  document of several pages the first one is taken.
+  document of several pages the first one is taken. The traces of compression in a jpg are taken away as far as its
+  quality asks for it; --denoise overrides that.
 
   Inputs over 100 megapixels are refused, and so are outputs over {MAX_OUTPUT_PIXELS / 1e6:g}. A picture is made
   at the next power of two of the scale and then reduced; it is the size that it is made at that counts.
@@ -129,6 +138,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16"),
         default="float32",
         help="of the computation: bfloat16 takes about half the time on CPUs with AVX512_BF16 (default: float32)",
+    )
+    parser.add_argument(
+        "--denoise",
+        type=parse_denoise,
+        default="auto",
+        metavar="X",
+        help="how much compression and noise to take away: 0, nothing, to 1, or auto: what a jpg's quality says, and "
+        "0 for the other formats (default: auto)",
+    )
+    parser.add_argument(
+        "--consistency",
+        type=parse_share,
+        default=1.0,
+        metavar="X",
+        help="from 0 to 1: how closely the output, reduced, has to equal the input (default: 1)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
 
@@ -258,6 +282,7 @@ def _upscale_file(
     """Enlarge one file and return what it lost on the way, in sentences."""
     import torch
 
+    from uplift_diffusers.images.compression import denoise_for_quality
     from uplift_diffusers.images.files import MAX_EDGES, OUTPUT_FORMATS, open_image, plan_saving
 
     # 1. Open, and refuse what would be too large or could not be stored
@@ -276,7 +301,11 @@ def _upscale_file(
 
     # 2. Enlarge
     generator = torch.Generator().manual_seed(options.seed)  # on the CPU: the same noise on every device
-    enlarged = pipeline(image=opened.image, scale=scale, generator=generator).images[0]
+    denoise = options.denoise
+    if denoise == "auto" and pipeline.upsampler.config.denoise_channel:
+        denoise = denoise_for_quality(opened.jpeg_quality)
+    settings = {"denoise": denoise, "consistency": options.consistency}
+    enlarged = pipeline(image=opened.image, scale=scale, generator=generator, **settings).images[0]
 
     # 3. Save
     _save(enlarged, task.target, metadata=opened.metadata, overwrite=options.overwrite)

@@ -1,13 +1,14 @@
 """The input boundary: whatever a person calls an image becomes one kind of tensor, and goes back as it came."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, TiffImagePlugin
 
+from uplift_diffusers.images.compression import jpeg_quality
 from uplift_diffusers.images.exif import ORIENTATION, parse_exif
 from uplift_diffusers.images.modes import to_common_mode, turn_upright
 
@@ -29,11 +30,13 @@ class Picture:
         color: (3, H, W) float32 in [0, 1].
         alpha: (1, H, W) float32 in [0, 1], or None.
         mode: the PIL mode to give back: L, LA, RGB, RGBA or I;16.
+        jpeg_quality: of the file that it was opened from, if that was a JPEG; see [`jpeg_quality`].
     """
 
     color: torch.Tensor
     alpha: torch.Tensor | None = None
     mode: str = "RGB"
+    jpeg_quality: int | None = None
 
     @property
     def height(self) -> int:
@@ -175,6 +178,22 @@ def interpolate(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(image, size=size, mode="bicubic", antialias=True)
 
 
+def missing_detail(image: torch.Tensor, enlarged: torch.Tensor) -> torch.Tensor:
+    """
+    What an image has and its enlargement, reduced, lacks: up(x - reduce(y)).
+
+    Both interpolations are bicubic, the reduction antialiased. They reach two pixels of the image to each side each.
+
+    Args:
+        image: x, (B, 3, H, W).
+        enlarged: y, (B, 3, s * H, s * W), s whole.
+    Returns:
+        (B, 3, s * H, s * W).
+    """
+    missing = image.to(enlarged) - interpolate(enlarged, (image.shape[2], image.shape[3]))
+    return F.interpolate(missing, size=(enlarged.shape[2], enlarged.shape[3]), mode="bicubic")
+
+
 def pad_to_multiple(image: torch.Tensor, factor: int) -> torch.Tensor:
     """Extend (B, C, H, W) to the right and below, by its last pixels, to whole multiples of `factor`."""
     height, width = image.shape[2:]
@@ -260,7 +279,8 @@ def _from_pil(image: Image.Image) -> Picture:
     if 0 in image.size:
         raise ValueError(f"`image` must have at least one pixel, got {image.size}.")
     common, _ = to_common_mode(image, color_key=_color_key(image, rawmode), icc_profile=image.info.get("icc_profile"))
-    return _from_array(np.asarray(turn_upright(common, _orientation(image))))
+    picture = _from_array(np.asarray(turn_upright(common, _orientation(image))))
+    return replace(picture, jpeg_quality=jpeg_quality(image))
 
 
 def _color_key(image: Image.Image, rawmode: object) -> int | tuple[int, ...] | None:

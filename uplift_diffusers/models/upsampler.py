@@ -69,12 +69,13 @@ class GuideMaps(NamedTuple):
     Args:
         before_last: (B, G, H, W), its map before the last.
         last: (B, G', H, W), its last map.
-        image: (B, 3, h * spatial_factor, w * spatial_factor), the image in [0, 1].
+        pixels: (B, P, h * spatial_factor, w * spatial_factor), the image in [-1, 1] and what the stem makes of it;
+            None without an `ImageResidual`.
     """
 
     before_last: torch.Tensor
     last: torch.Tensor
-    image: torch.Tensor
+    pixels: torch.Tensor | None
 
 
 class StepGuide(NamedTuple):
@@ -95,26 +96,31 @@ class StepGuide(NamedTuple):
 
 
 class UPLiFTEncoder(nn.Module):
-    """Image -> the last two guide maps, at the image's resolution divided by `patch_size`."""
+    """
+    Image -> the last two guide maps, at the image's resolution divided by `patch_size`.
+
+    Args:
+        in_channels: of the image.
+        stem_channels: of what a stem made of the image, which is the input then; None without a stem.
+    """
 
     def __init__(
         self,
+        in_channels: int,
         block_out_channels: tuple[int, ...],
         *,
         layers_per_block: int,
         patch_size: int,
-        stem_channels: int,
-        stem_layers: int,
+        stem_channels: int | None,
         num_convs: int,
         norm_type: str,
     ):
         super().__init__()
         self.patch_size = patch_size
-        self.stem = None
-        self.patches = nn.PixelUnshuffle(patch_size)
-        widths = (3 * patch_size**2, *block_out_channels)
-        if stem_layers:
-            self.stem = ConvGroup(3, stem_channels, num_layers=stem_layers, num_convs=num_convs, norm_type=norm_type)
+        if stem_channels is None:
+            self.patches = nn.PixelUnshuffle(patch_size)
+            widths = (in_channels * patch_size**2, *block_out_channels)
+        else:
             self.patches = nn.Conv2d(stem_channels, block_out_channels[0], patch_size, stride=patch_size)
             widths = (block_out_channels[0], *block_out_channels)
         self.blocks = nn.ModuleList(
@@ -125,13 +131,11 @@ class UPLiFTEncoder(nn.Module):
     @property
     def reach_px(self) -> int:
         """Pixels to each side of its patch on which an output depends."""
-        stem_reach_px = self.stem.reach if self.stem is not None else 0
-        return stem_reach_px + self.patch_size * sum(block.reach for block in self.blocks)
+        return self.patch_size * sum(block.reach for block in self.blocks)
 
     def forward(self, image: torch.Tensor, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, 3, H, W) -> the map before the last and the last one, every `stride`-th position of each."""
-        hidden = image if self.stem is None else self.stem(image.contiguous(memory_format=torch.channels_last))
-        hidden = self.patches(hidden).contiguous(memory_format=torch.channels_last)
+        """(B, C, H, W) -> the map before the last and the last one, every `stride`-th position of each."""
+        hidden = self.patches(image).contiguous(memory_format=torch.channels_last)
         for block in self.blocks[:-1]:
             hidden = block(hidden)
         return hidden[..., ::stride, ::stride], self.blocks[-1](hidden, stride)
@@ -235,7 +239,7 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         encoder_block_out_channels (`tuple[int, ...]`): widths of the encoder's groups, at least two.
         encoder_layers_per_block (`int`): blocks in each group.
         encoder_patch_size (`int`): the encoder works on `encoder_patch_size`-pixel patches (1: on pixels).
-        encoder_stem_channels (`int`): width of the encoder's stem.
+        encoder_stem_channels (`int`): width of the stem.
         encoder_stem_layers (`int`): blocks of a stem at every pixel, before the patches are formed; 0 leaves it out.
         encoder_spatial_factor (`int`, *optional*): image pixels per latent position that the encoder sees; where it
             differs from `spatial_factor` the image is resized first (16 for backbones of patch 14).
@@ -249,8 +253,10 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         refiner_channels (`int`): width of the refiner.
         refiner_layers (`int`): blocks of the refiner; 0 leaves it out.
         refiner_residual (`bool`): add the attended latents to the refiner's output.
-        image_residual (`bool`): add a linear estimate from the image's pixels to the refiner's output, and let the
-            refiner see it, so that the network has to learn only what is not linear; see `ImageResidual`.
+        denoise_channel (`bool`): the encoder sees a number beside the image, how much of its compression and noise is
+            to be taken away.
+        image_residual (`bool`): add an estimate that is linear in the image's pixels and the stem's output to the
+            refiner's output, and let the refiner see it; see `ImageResidual`.
         noise_channels (`int`): channels of standard normal noise concatenated at each of the step's three inputs.
         encoder_convs_per_block (`int`): 3x3 convolutions in a block of the encoder.
         decoder_convs_per_block (`int`): 3x3 convolutions in a block of the decoder and the refiner.
@@ -285,6 +291,7 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         refiner_channels: int = 512,
         refiner_layers: int = 12,
         refiner_residual: bool = False,
+        denoise_channel: bool = False,
         image_residual: bool = False,
         noise_channels: int = 4,
         encoder_convs_per_block: int = 1,
@@ -297,12 +304,24 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
 
         settings = {"num_convs": decoder_convs_per_block, "norm_type": norm_type}
         guide_channels = encoder_block_out_channels[-2:]
+        image_channels = 3 + denoise_channel
+        self.stem = (
+            ConvGroup(
+                image_channels,
+                encoder_stem_channels,
+                num_layers=encoder_stem_layers,
+                num_convs=encoder_convs_per_block,
+                norm_type=norm_type,
+            )
+            if encoder_stem_layers
+            else None
+        )
         self.encoder = UPLiFTEncoder(
+            image_channels,
             encoder_block_out_channels,
             layers_per_block=encoder_layers_per_block,
             patch_size=encoder_patch_size,
-            stem_channels=encoder_stem_channels,
-            stem_layers=encoder_stem_layers,
+            stem_channels=encoder_stem_channels if encoder_stem_layers else None,
             num_convs=encoder_convs_per_block,
             norm_type=norm_type,
         )
@@ -334,7 +353,8 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
             if refiner_layers
             else None
         )
-        self.estimator = ImageResidual(latent_channels, spatial_factor) if image_residual else None
+        pixel_channels = 3 + (encoder_stem_channels if encoder_stem_layers else 0)
+        self.estimator = ImageResidual(latent_channels, spatial_factor, pixel_channels) if image_residual else None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "UPLiFTModel":
@@ -420,6 +440,7 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         num_steps: int = 1,
         generator: Generator = None,
         noise: Iterable[StepNoise] | None = None,
+        denoise: torch.Tensor | float = 0.0,
         return_steps: bool = False,
         return_dict: bool = True,
     ) -> UPLiFTOutput | tuple[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
@@ -433,6 +454,8 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
             generator: one generator, or one for each item of the batch, which makes an item's result independent of
                 the batch around it. Noise is drawn in float32 on the generator's device.
             noise: of every step, in place of drawing it from `generator`; see `draw_noise`.
+            denoise: from 0, nothing, to 1: how much of the image's compression and noise is to be taken away, one
+                number or (B,); for a model with `denoise_channel`.
             return_steps: also return the result of every step.
             return_dict: return a [`UPLiFTOutput`] instead of a tuple.
         Returns:
@@ -450,7 +473,7 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         steps = []
         for index, step_noise in enumerate(noise):
             if maps is None or self.config.reencode_image:
-                maps = self.encode(image.to(raw_latents), step=index, num_steps=num_steps)
+                maps = self.encode(image.to(raw_latents), step=index, num_steps=num_steps, denoise=denoise)
             latents = self.step(latents, self.guide(maps, tuple(latents.shape[2:])), step_noise)
             steps.append(latents)
         sample = latents.contiguous()
@@ -459,7 +482,9 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
             return (sample, steps) if steps is not None else (sample,)
         return UPLiFTOutput(sample=sample, steps=steps)
 
-    def encode(self, image: torch.Tensor, *, step: int, num_steps: int) -> GuideMaps:
+    def encode(
+        self, image: torch.Tensor, *, step: int, num_steps: int, denoise: torch.Tensor | float = 0.0
+    ) -> GuideMaps:
         """
         Guide maps of the image, computed only at the positions that the steps sample.
 
@@ -468,9 +493,13 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
             step: the first step that uses them, counted from 0; where the image is encoded again for every step, the
                 only one.
             num_steps: number of 2x steps in all.
+            denoise: as for `forward`.
         """
         config = self.config
         hidden = normalize_image(image, config.image_normalization)
+        if config.denoise_channel:
+            strength = torch.as_tensor(denoise, dtype=image.dtype, device=image.device).reshape(-1, 1, 1, 1)
+            hidden = torch.cat([hidden, strength.expand(len(image), 1, *image.shape[2:])], dim=1)
         factor = config.encoder_spatial_factor or config.spatial_factor
         if factor != config.spatial_factor:
             size = tuple(length // config.spatial_factor * factor for length in image.shape[2:])
@@ -484,7 +513,11 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         positions = factor * magnification // config.encoder_patch_size
         finest = 2 ** (step + 1) if config.reencode_image else 2**num_steps
         stride = positions // finest if positions % finest == 0 else 1
-        return GuideMaps(*self.encoder(hidden, stride), image)
+        pixels = [image * 2 - 1]
+        if self.stem is not None:
+            hidden = self.stem(hidden.contiguous(memory_format=torch.channels_last))
+            pixels.append(hidden)
+        return GuideMaps(*self.encoder(hidden, stride), _concatenate(*pixels) if self.estimator is not None else None)
 
     def guide(self, maps: GuideMaps, size: tuple[int, int]) -> StepGuide:
         """The guide of the step whose input is `size` (h, w) positions, by nearest neighbour."""
@@ -493,7 +526,7 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
             coarse=resample_nearest(maps.last, size),
             fine=resample_nearest(maps.before_last, doubled),
             refiner=resample_nearest(maps.last, doubled),
-            estimate=None if self.estimator is None else self.estimator(maps.image, doubled).to(maps.last.dtype),
+            estimate=None if self.estimator is None else self.estimator(maps.pixels, doubled).to(maps.last.dtype),
         )
 
     def step(
@@ -526,7 +559,8 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         config = self.config
         magnification = 2**step if config.reencode_image else 1
         factor = config.encoder_spatial_factor or config.spatial_factor
-        reach_px = -(-self.encoder.reach_px // magnification)
+        stem_reach_px = self.stem.reach if self.stem is not None else 0
+        reach_px = -(-(stem_reach_px + self.encoder.reach_px) // magnification)
         if factor != config.spatial_factor:
             reach_px += -(-max(factor, config.spatial_factor) // config.spatial_factor)
         if magnification > 1:
@@ -611,10 +645,19 @@ def _check_config(**config) -> None:
         )
     if len(config["decoder_layers"]) != 2 or min(config["decoder_layers"]) < 1:
         raise ValueError(f"`decoder_layers` must be two numbers of at least 1, got {config['decoder_layers']}.")
+    factor = config["spatial_factor"]
     if config["image_residual"] and (
-        not config["refiner_layers"] or config["refiner_residual"] or config["spatial_factor"] % 2
+        not config["refiner_layers"]
+        or config["refiner_residual"]
+        or config["reencode_image"]
+        or config["encoder_spatial_factor"] not in (None, factor)
+        or factor < 2
+        or factor & (factor - 1)
     ):
-        raise ValueError("`image_residual` must go with a refiner, without `refiner_residual`, and an even factor.")
+        raise ValueError(
+            "`image_residual` must go with a refiner, without `refiner_residual`, `reencode_image` and "
+            "`encoder_spatial_factor`, and with a `spatial_factor` that is a power of two."
+        )
     for name, known in (
         ("norm_type", tuple(NORMS)),
         ("image_normalization", tuple(IMAGE_NORMALIZATIONS)),

@@ -2,9 +2,6 @@
 
 import torch
 from diffusers import (
-    AutoencoderDC,
-    AutoencoderKL,
-    AutoencoderTiny,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     ImagePipelineOutput,
@@ -24,8 +21,7 @@ from uplift_diffusers.cfm import (
     set_equal_steps,
 )
 from uplift_diffusers.images.convert import ImageInput, pad_to_multiple, read_batch
-from uplift_diffusers.latent_space import LatentCodec, LatentSpace
-from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
+from uplift_diffusers.latent_space import Autoencoder, LatentCodec, LatentSpace
 from uplift_diffusers.pipelines.upscale_stage import OUTPUT_TYPES, check_generator
 from uplift_diffusers.scale import read_scale, scaled_size
 
@@ -68,7 +64,7 @@ class CFMLatentUpscalePipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | AutoencoderLocal,
+        vae: Autoencoder,
         unet: UNet2DModel,
         scheduler: FlowMatchEulerDiscreteScheduler,
         latent_space: str | None = None,

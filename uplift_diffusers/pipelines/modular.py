@@ -52,14 +52,14 @@ class UPLiFTLatentUpscaleStep(ModularPipelineBlocks):
             InputParam(
                 "latents", type_hint=torch.Tensor, required=True, description="(B, C, h, w), scaled, denoised."
             ),
-            InputParam("scale", type_hint=int, default=2, description="1, 2, 4, 8 or 16."),
+            InputParam("scale", type_hint=float, default=2, description="From 1 to 16."),
             InputParam("generator", description="One torch.Generator, or one for each item."),
             InputParam("adain_factor", type_hint=float, default=0.0, description="Colour correction, from 0 to 1."),
         ]
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
-        return [OutputParam("latents", type_hint=torch.Tensor, description="(B, C, scale * h, scale * w), scaled.")]
+        return [OutputParam("latents", type_hint=torch.Tensor, description="Larger, in the layout they came in.")]
 
     @torch.no_grad()
     def __call__(self, components, state: PipelineState) -> tuple:

@@ -6,8 +6,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ImagePipelineOutput
+from diffusers import DiffusionPipeline, ImagePipelineOutput
 
+from uplift_diffusers.arguments import read_number
+from uplift_diffusers.images.compression import consistency_for_denoise, denoise_for_quality
 from uplift_diffusers.images.convert import (
     ImageInput,
     Picture,
@@ -16,8 +18,7 @@ from uplift_diffusers.images.convert import (
     pad_to_multiple,
     read_pictures,
 )
-from uplift_diffusers.latent_space import LatentCodec, LatentSpace
-from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
+from uplift_diffusers.latent_space import Autoencoder, LatentCodec, LatentSpace
 from uplift_diffusers.models.upsampler import UPLiFTModel
 from uplift_diffusers.pipelines.upscale_stage import (
     Progress,
@@ -58,7 +59,7 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | AutoencoderLocal,
+        vae: Autoencoder,
         upsampler: UPLiFTModel,
         latent_space: str | None = None,
     ):
@@ -78,6 +79,8 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
         image: ImageInput,
         scale: float = 2,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        consistency: float = 1.0,
+        denoise: float | str = "auto",
         tile_size: int | str | None = "auto",
         output_type: str = "pil",
         return_dict: bool = True,
@@ -93,6 +96,12 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
                 reduced; at 1 it is returned as it is.
             generator: one, drawn from image after image, or one for each image, which makes an image's result the
                 same alone and in a list.
+            consistency (`float`): from 0 to 1: how much of what the image has and the result, reduced, lacks is added
+                to the result; see [`~uplift_diffusers.pipelines.upscale_stage.make_consistent`].
+            denoise (`float` or `str`): from 0, nothing, to 1: how much of the image's compression and noise is taken
+                away, by an upsampler that was trained for that. `"auto"` reads it off the quality of PIL images that
+                were opened from a JPEG file: 0 for a quality of 100, 1 for 30; everything else is taken to be clean.
+                Consistency is lowered by ten times as much.
             tile_size (`int`, *optional*): edge in pixels of the tiles that the image is enlarged in, which bounds the
                 memory and does not change the result; `"auto"`, 768, or None, no tiles. The VAE has its own
                 `vae.enable_tiling()`, which is exact only for an [`AutoencoderLocal`].
@@ -114,7 +123,9 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"`output_type` must be 'pil', 'np' or 'pt', got {output_type!r}.")
         read_tile_size(tile_size)
+        consistency = read_number("consistency", consistency, minimum=0, maximum=1)
         pictures = read_pictures(image)
+        strengths = [self._read_denoise(denoise, picture) for picture in pictures]
         check_generator(generator, len(pictures), noun="images")
         generators = generator if isinstance(generator, list) else [generator] * len(pictures)
         parts = [
@@ -126,7 +137,9 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
         # 2. Enlarge, one picture at a time: sizes differ, and a picture's result must not depend on its neighbours
         images = []
         try:
-            for picture, picture_generator in zip(self.progress_bar(pictures), generators, strict=True):
+            for picture, strength, picture_generator in zip(
+                self.progress_bar(pictures), strengths, generators, strict=True
+            ):
                 strips, alpha = [picture.color], picture.alpha
                 size = scaled_size((picture.height, picture.width), scale)
                 if scale != 1:
@@ -138,6 +151,8 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
                         scale=scale,
                         num_steps=num_steps,
                         generator=picture_generator,
+                        consistency=consistency * consistency_for_denoise(strength),
+                        denoise=strength,
                         tile_size=tile_size,
                         progress=progress,
                     )
@@ -158,6 +173,19 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
             images = (np if output_type == "np" else torch).stack(images)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def _read_denoise(self, denoise: float | str, picture: Picture) -> float:
+        """The strength for one picture."""
+        has_channel = self.upsampler.config.denoise_channel
+        if isinstance(denoise, str) and denoise == "auto":
+            return denoise_for_quality(picture.jpeg_quality) if has_channel else 0.0
+        strength = read_number("denoise", denoise, minimum=0, maximum=1)
+        if strength and not has_channel:
+            raise ValueError(
+                f"`denoise` must be 0 or 'auto' for an upsampler without `denoise_channel`, got {denoise}. "
+                "Such an upsampler was not trained to take anything away."
+            )
+        return strength
+
     def _enlarge(
         self,
         picture: Picture,
@@ -166,6 +194,8 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
         scale: float,
         num_steps: int,
         generator: torch.Generator | None,
+        consistency: float,
+        denoise: float,
         tile_size: TileSize,
         progress: Progress,
     ) -> Iterator[torch.Tensor]:
@@ -177,6 +207,7 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
             upsampler=self.upsampler,
             num_steps=num_steps,
             generator=generator,
+            denoise=denoise,
             tile_size=tile_size,
             progress=progress,
         )  # (1, C, 2**n * h, 2**n * w)
@@ -186,6 +217,8 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
             size=(picture.height, picture.width),
             num_steps=num_steps,
             scale=scale,
+            image=guide[..., : picture.height, : picture.width],
+            consistency=consistency,
             progress=progress,
         )  # (1, 3, rows, round(scale * width)) each
         return (strip[0].cpu() for strip in strips)

@@ -17,6 +17,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput, 
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from uplift_diffusers.images.convert import resize
 from uplift_diffusers.latent_space import LatentCodec, LatentSpace
 from uplift_diffusers.models.upsampler import UPLiFTModel
 from uplift_diffusers.pipelines.denoising import (
@@ -36,6 +37,7 @@ from uplift_diffusers.pipelines.upscale_stage import (
     require_components,
     upscale_raw_latents,
 )
+from uplift_diffusers.scale import scaled_size
 
 
 class UPLiFTTextToImagePipeline(StableDiffusionPipeline):
@@ -165,11 +167,11 @@ class UPLiFTTextToImagePipeline(StableDiffusionPipeline):
                 from 0 again and whose pipeline is the [`StableDiffusionImg2ImgPipeline`] that makes them. An
                 interrupted call upscales what there is and refines nothing.
             callback_on_step_end_tensor_inputs (`list[str]`): names of the tensors that the callback is given.
-            scale (`float`): from 1 to 16; 1, 2, 4, 8 or 16 for `output_type="latent"`. Between powers of two the image
-                is made with the next larger one and reduced.
+            scale (`float`): from 1 to 16. Between powers of two the image is made with the next larger one and
+                reduced; to be refined, or for `output_type="latent"`, it is then encoded again.
             refine_strength (`float`): from 0 to 1. Above 0 the upscaled latents are noised again and denoised by this
-                last share of the schedule, at the large size, on the same U-Net, with everything that conditioned the
-                first denoising except `guidance_rescale`.
+                last share of the schedule, at the size that is asked for, on the same U-Net, with everything that
+                conditioned the first denoising except `guidance_rescale`.
             adain_factor (`float`): from 0 to 1: how far to move mean and standard deviation of every channel of the
                 upscaled latents towards those of the denoised ones, against a shift of colour or contrast. See
                 [`~uplift_diffusers.models.local_attention.match_channel_statistics`].
@@ -257,7 +259,14 @@ class UPLiFTTextToImagePipeline(StableDiffusionPipeline):
             progress=progress,
         )  # (B, C, 2**n * h, 2**n * w)
 
-        # 4. Refine
+        # 4. Reduce to the size that was asked for, where latents go on
+        made_size, made_steps, reduction = size, num_steps, scale
+        if refine_strength or output_type == "latent":
+            latent_size = scaled_size((size[0] // factor, size[1] // factor), scale)
+            raw_latents = codec.resize(raw_latents, latent_size)
+            made_size, made_steps, reduction = (latent_size[0] * factor, latent_size[1] * factor), 0, 1
+
+        # 5. Refine
         if refine_strength and not self.interrupt:
             latents = refine(
                 space.normalize(raw_latents),
@@ -268,18 +277,19 @@ class UPLiFTTextToImagePipeline(StableDiffusionPipeline):
             )
             raw_latents = space.denormalize(latents.float())
 
-        # 5. Decode
+        # 6. Decode
         if output_type == "latent":
             images, has_nsfw_concept = space.normalize(raw_latents).to(latents.dtype), None
         else:
             images = decode_to_scale(
                 raw_latents,
                 codec=codec,
-                size=size,
-                num_steps=num_steps,
-                scale=scale,
+                size=made_size,
+                num_steps=made_steps,
+                scale=reduction,
                 progress=progress,
             )
+            images = resize(images, scaled_size(size, scale))  # refined latents are whole, pixels need not be
             # The safety checker and the image processor of the class want [-1, 1].
             images, has_nsfw_concept = self.run_safety_checker(images * 2 - 1, self._execution_device, self.unet.dtype)
             do_denormalize = [not has_nsfw for has_nsfw in has_nsfw_concept or [False] * len(images)]

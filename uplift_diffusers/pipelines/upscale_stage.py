@@ -7,7 +7,7 @@ from diffusers import AutoencoderTiny
 from diffusers.utils.torch_utils import is_compiled_module
 
 from uplift_diffusers.arguments import read_number, read_whole_number
-from uplift_diffusers.images.convert import interpolate
+from uplift_diffusers.images.convert import interpolate, missing_detail
 from uplift_diffusers.latent_space import LatentCodec, LatentSpace
 from uplift_diffusers.models.upsampler import Generator, UPLiFTModel
 from uplift_diffusers.scale import num_steps_for_scale, scaled_size
@@ -20,6 +20,9 @@ AUTO_TILE_SIZE = 768
 """`tile_size="auto"`, in pixels: a smaller image is one tile."""
 
 MIN_TILE_SIZE = 64
+
+CONSISTENCY_REACH = 4
+"""Pixels of the image to each side on which `make_consistent` depends: two of each of its interpolations."""
 
 
 def check_request(*, scale: float, adain_factor: float, output_type: str, tile_size: TileSize) -> int:
@@ -35,7 +38,7 @@ def check_request(*, scale: float, adain_factor: float, output_type: str, tile_s
         raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
     read_number("adain_factor", adain_factor, minimum=0, maximum=1)
     read_tile_size(tile_size)
-    return num_steps_for_scale(scale, latent_output=output_type == "latent")
+    return num_steps_for_scale(scale)
 
 
 def read_tile_size(tile_size: TileSize) -> int | None:
@@ -123,6 +126,7 @@ def upscale_raw_latents(
     num_steps: int,
     generator: Generator = None,
     adain_factor: float = 0.0,
+    denoise: float = 0.0,
     tile_size: TileSize = None,
     progress: Progress | None = None,
 ) -> torch.Tensor:
@@ -136,6 +140,7 @@ def upscale_raw_latents(
         num_steps: number of 2x steps, >= 0.
         generator: one, or one for each item.
         adain_factor: from 0 to 1, see `match_channel_statistics`.
+        denoise: from 0 to 1, see `UPLiFTModel.forward`.
         tile_size: edge of a tile in pixels of the image, `"auto"` or None; the output does not depend on it.
         progress: advanced after every step of every tile.
     Returns:
@@ -152,7 +157,7 @@ def upscale_raw_latents(
     if edge_px is None and is_compiled_module(upsampler):
         # In one piece, as it was compiled. Noise is drawn here, for a compiled model takes no generator.
         noise = list(upsampler.draw_noise(latents, num_steps, generator))
-        upsampled = upsampler(latents, image=image, num_steps=num_steps, noise=noise).sample
+        upsampled = upsampler(latents, image=image, num_steps=num_steps, noise=noise, denoise=denoise).sample
         for _ in range(num_steps if advance is not None else 0):
             advance()
     else:
@@ -162,6 +167,7 @@ def upscale_raw_latents(
             image=image,
             num_steps=num_steps,
             generator=generator,
+            denoise=denoise,
             tile_size=edge_px or max(image.shape[2:]),
             callback_on_step=advance,
         )
@@ -215,6 +221,8 @@ def decode_strips_to_scale(
     size: tuple[int, int],
     num_steps: int,
     scale: float,
+    image: torch.Tensor | None = None,
+    consistency: float = 0.0,
     progress: Progress | None = None,
 ) -> Iterator[torch.Tensor]:
     """
@@ -226,6 +234,8 @@ def decode_strips_to_scale(
         size: (height, width) in pixels of the image before it was padded and upscaled.
         num_steps: number of 2x steps that were made.
         scale: of the output, at most 2**num_steps.
+        image: (B, 3, *size) in [0, 1], what was upscaled; needed for `consistency`.
+        consistency: from 0 to 1, see `make_consistent`, at the power of two that the picture is made at.
         progress: advanced after every strip.
     Returns:
         An iterator over (B, 3, rows, round(scale * width)) float32 in [0, 1]: strips if the VAE decodes in strips and
@@ -233,10 +243,51 @@ def decode_strips_to_scale(
     """
     made, wanted = scaled_size(size, 2**num_steps), scaled_size(size, scale)
     strips = _crop_strips(_watched(codec.decode_strips(raw_latents), progress), made)
+    if image is not None and num_steps > 0:
+        strips = make_consistent(strips, image, 2**num_steps, consistency)
     if made == wanted:
         yield from strips
     else:
         yield _reduce_strips(strips, made[0], wanted)
+
+
+def make_consistent(
+    strips: Iterator[torch.Tensor], image: torch.Tensor, factor: int, strength: float
+) -> Iterator[torch.Tensor]:
+    """
+    Add to an enlarged picture what the image has and the picture lacks: y + strength * up(x - reduce(y)).
+
+    Reduced, the result is the image to within the error of the interpolation; a VAE's losses of colour and detail come
+    back. Both interpolations are bicubic, the reduction antialiased. As they reach only four pixels of the image to
+    each side, the picture need not lie in memory whole: strips give the same as the whole, up to float32 rounding.
+
+    Args:
+        strips: y, from top to bottom: (B, 3, rows, factor * W) float32 in [0, 1].
+        image: x, (B, 3, H, W) float32 in [0, 1]; H * factor rows come.
+        factor: how many times y is as large as x.
+        strength: from 0, nothing, to 1.
+    Returns:
+        An iterator over (B, 3, rows, factor * W) in [0, 1], with as many rows in all.
+    Source: iterative back-projection, Irani and Peleg 1991; one iteration.
+    """
+    if strength == 0:
+        yield from strips
+        return
+    height = image.shape[2]
+    pending, top, done = None, 0, 0  # rows of y from row factor * top of it on; rows of the image that are done
+    for strip in strips:
+        pending = strip if pending is None else torch.cat([pending, strip], dim=2)
+        there = top + pending.shape[2] // factor
+        ready = height if there == height else there - CONSISTENCY_REACH
+        if ready <= done:
+            continue
+        first, last = max(done - CONSISTENCY_REACH, 0), min(ready + CONSISTENCY_REACH, height)
+        part = pending[:, :, (first - top) * factor : (last - top) * factor]
+        missing = missing_detail(image[:, :, first:last], part)
+        rows = slice((done - first) * factor, (ready - first) * factor)
+        yield torch.add(part[:, :, rows], missing[:, :, rows], alpha=strength).clamp_(0, 1)
+        done, keep = ready, max(ready - CONSISTENCY_REACH, 0)
+        pending, top = pending[:, :, (keep - top) * factor :], keep
 
 
 def _watched(strips: Iterator[torch.Tensor], progress: Progress | None) -> Iterator[torch.Tensor]:

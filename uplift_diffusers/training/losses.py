@@ -9,6 +9,8 @@ from torch import nn
 from uplift_diffusers.data.degradation import degrade
 from uplift_diffusers.data.latent_cache import LatentCache
 from uplift_diffusers.data.pyramid import encode_pyramid, image_pyramid
+from uplift_diffusers.images.compression import consistency_for_denoise
+from uplift_diffusers.images.convert import missing_detail
 from uplift_diffusers.latent_space import Autoencoder, LatentCodec, LatentSpace
 from uplift_diffusers.models.upsampler import UPLiFTModel, UPLiFTOutput
 
@@ -18,8 +20,9 @@ class MultiDepthObjective(nn.Module):
     The sum over depths d and steps k of mean((step_k - latents of the image at that size)^2).
 
     For every depth d the model starts from the latents and the image at 1/2^d of the resolution and takes d steps.
-    With `pixel_weight`, the last step of one depth, drawn at random, is also decoded and compared with the image (L1
-    on [0, 1]). Degraded starting images teach the model to clean them: the targets stay clean.
+    With `pixel_weight`, the last step of one depth, drawn at random, is also decoded, made consistent with its input
+    as the super-resolution pipeline does, and compared with the image (L1 on [0, 1]). Degraded starting images teach
+    the model to clean them: the targets stay clean.
 
     Args:
         model: what is trained.
@@ -88,8 +91,10 @@ class MultiDepthObjective(nn.Module):
             )
             if depth == decoded_depth:
                 # Not clamped: a gradient must flow back from values beyond the range.
-                decoded = self.vae.decode(self.codec.native(steps[-1])).sample.float() / 2 + 0.5
-                losses["pixel"] = F.l1_loss(decoded, images)
+                decoded = self.codec.decode_sample(steps[-1]).float() / 2 + 0.5
+                consistency = denoise.new_tensor([consistency_for_denoise(d) for d in denoise.tolist()])
+                consistency = consistency[:, None, None, None]
+                losses["pixel"] = F.l1_loss(decoded + consistency * missing_detail(image, decoded), images)
         losses["loss"] = sum(value * (self.pixel_weight if name == "pixel" else 1.0) for name, value in losses.items())
         return losses
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -110,7 +109,7 @@ class UpsamplerTrainingConfig(LatentTrainingConfig):
     use_ema: bool = option(False)
     depths: tuple[int, ...] = option((1, 2, 3, 4), "Depths d: from 1/2^d of the resolution in d steps of 2x.")
     latent_noise: float = option(1.0, "Deviation of the noise added to the starting latents, in raw units.")
-    pixel_weight: float = option(0.0, "Weight of the L1 loss between a decoded last step and the image.")
+    pixel_weight: float = option(0.0, "Weight of the L1 loss between a decoded, consistent last step and the image.")
     initial_stem: str | None = option(None, "Result of --stage pixels, whose stem the encoder starts from.")
     degraded_probability: float = option(0.0, "Share of the starting images with JPEG damage, noise or blur.")
 
@@ -130,8 +129,7 @@ class UpsamplerTrainingConfig(LatentTrainingConfig):
             stage = load_stem(self.initial_stem)
             settings["encoder_stem_channels"] = stage.config.stem_channels
             settings["encoder_stem_layers"] = stage.config.stem_layers
-            if stage.config.denoise_channel:
-                settings["denoise_channel"] = True
+            settings["denoise_channel"] = stage.config.denoise_channel
         model = UPLiFTModel(
             **settings,
             latent_channels=space.channels,
@@ -160,11 +158,14 @@ class UpsamplerTrainingConfig(LatentTrainingConfig):
 
         @torch.no_grad()
         def fit(crops: torch.Tensor) -> None:
-            pairs = []
-            for images in crops.split(8):
-                pyramid = image_pyramid(images, 2)
-                pairs += [(small, LatentCodec(vae, space).encode(large)) for large, small in pairwise(pyramid)]
-            model.estimator.fit(pairs)
+            levels = len(model.estimator.convs)
+            pyramids = [image_pyramid(images, levels) for images in crops.split(8)]
+            for depth in range(1, levels + 1):
+                pairs = []
+                for pyramid in pyramids:
+                    pixels = model.encode(pyramid[depth], step=0, num_steps=depth).pixels
+                    pairs.append((pixels, LatentCodec(vae, space).encode(pyramid[0])))
+                model.estimator.fit(pairs)
 
         validate = None
         if self.validation_data_dir is not None:
@@ -179,25 +180,28 @@ class EmbeddedTrainingConfig(EmbeddedDefaults, UpsamplerTrainingConfig):
 
     model_settings: ClassVar[dict] = {
         "encoder_block_out_channels": (128, 128),
-        "encoder_layers_per_block": 2,
+        "encoder_layers_per_block": 1,
         "encoder_patch_size": 4,
-        "encoder_stem_channels": 32,
-        "encoder_stem_layers": 4,
+        "encoder_stem_channels": 48,
+        "encoder_stem_layers": 10,
         "encoder_convs_per_block": 2,
         "image_normalization": "imagenet",
-        "decoder_channels": 128,
-        "decoder_layers": (1, 2),
+        "decoder_channels": 48,
+        "decoder_layers": (1, 1),
         "neighborhood": 17,
-        "refiner_channels": 128,
-        "refiner_layers": 8,
+        "attender_residual": False,
+        "refiner_channels": 96,
+        "refiner_layers": 4,
+        "denoise_channel": True,
         "image_residual": True,
         "noise_channels": 0,
         "norm_type": "bias",
     }
 
-    learning_rate: float = option(1e-3)
+    learning_rate: float = option(5e-4)
     latent_noise: float = option(0.02)
     pixel_weight: float = option(10.0)
+    degraded_probability: float = option(0.45)
 
 
 LIFT_SETTINGS = {"neighborhood": None, "reencode_image": True, "image_residual": False}
@@ -367,11 +371,11 @@ def check_probability(name: str, value: float) -> None:
 
 
 def _start_from(stage: PixelStageModel, model: UPLiFTModel) -> None:
-    """Give the stem of the encoder of `model` the weights of the pixel stage."""
+    """Give the stem of `model` the weights of the pixel stage."""
     names = {"convs_per_block": "encoder_convs_per_block", "norm_type": "norm_type"}
     names["image_normalization"] = "image_normalization"
     for name, name_there in names.items():
         expected, actual = model.config[name_there], stage.config[name]
         if actual != expected:
             raise ValueError(f"`initial_stem` must have {name}={expected!r} for this recipe, got {actual!r}.")
-    model.encoder.stem.load_state_dict(stage.stem.state_dict())
+    model.stem.load_state_dict(stage.stem.state_dict())

@@ -1,7 +1,7 @@
 """
 Make the README's picture, crops enlarged four times, bicubic beside the embedded model, and its learning curves.
 
-    python docs/make_pictures.py
+    python -m scripts.make_pictures
 """
 
 import json
@@ -21,7 +21,14 @@ CROPS = [  # a face, text, architecture, foliage
 ]
 EDGE, SCALE, GAP = 104, 4, 8
 
-STAGES = ["autoencoder", "autoencoder_grown", "autoencoder_decoder", "autoencoder_pixels", "upsampler"]
+STAGES = [
+    "autoencoder",
+    "autoencoder_grown",
+    "autoencoder_decoder",
+    "autoencoder_pixels",
+    "upsampler_pixels",
+    "upsampler",
+]
 
 
 def main() -> None:
@@ -32,14 +39,14 @@ def main() -> None:
 
 def compare() -> None:
     pipeline = UPLiFTSuperResolutionPipeline.from_pretrained(embedded_bundle())
-    images = {name: Image.open(ROOT / "examples" / name).convert("RGB") for name, _ in CROPS}
+    images = {name: Image.open(ROOT / "examples" / name) for name, _ in CROPS}
     larger = {name: pipeline(image=image, scale=SCALE).images[0] for name, image in images.items()}
     edge = EDGE * SCALE
     sheet = Image.new("RGB", (2 * edge + GAP, len(CROPS) * (edge + GAP) - GAP), "white")
     for row, (name, corner) in enumerate(CROPS):
         left, top = (SCALE * position for position in corner)
         box = (left, top, left + edge, top + edge)
-        bicubic = images[name].resize(larger[name].size, Image.BICUBIC)
+        bicubic = images[name].convert("RGB").resize(larger[name].size, Image.BICUBIC)
         sheet.paste(bicubic.crop(box), (0, row * (edge + GAP)))
         sheet.paste(larger[name].crop(box), (edge + GAP, row * (edge + GAP)))
     sheet.save(ROOT / "docs" / "images" / "comparison.png", optimize=True)
@@ -47,7 +54,7 @@ def compare() -> None:
 
 def plot_curves() -> None:
     """Loss in training, and PSNR on the validation crops of 256 px, by step and stage."""
-    figure = Figure(figsize=(14, 5), layout="constrained")
+    figure = Figure(figsize=(16, 5), layout="constrained")
     for column, (axes, stage) in enumerate(zip(figure.subplots(2, len(STAGES), sharex="col").T, STAGES, strict=True)):
         lines = (ROOT / "model_cards" / "embedded" / f"{stage}.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
