@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image
 
 import uplift_diffusers
-from tests.hub_server import HubServer
+from tests.hub_server import HubServer, point_at
 from uplift_diffusers import AutoencoderLocal, UPLiFTModel, UPLiFTSuperResolutionPipeline, __version__, loading
 from uplift_diffusers.cli import upscale as upscale_module
 from uplift_diffusers.cli.main import DELEGATES, main
@@ -821,16 +821,9 @@ def test_an_environment_of_no_launcher_is_told_before_the_work(
 
 
 def test_hub_ids_are_fetched(model, tmp_path, capsys, monkeypatch):
-    from huggingface_hub import constants
-
     source = save(picture(), tmp_path / "photo.png")
     with HubServer(tmp_path / "hub") as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        point_at(monkeypatch, hub.url, tmp_path / "cache")
         shutil.copytree(model / "upsampler", hub.folder("someone/upsampler"), dirs_exist_ok=True)
         shutil.copytree(model, hub.folder("someone/pipeline"), dirs_exist_ok=True)
         arguments = ("--model", "someone/upsampler", "--vae", "someone/pipeline", "--device", "cpu")

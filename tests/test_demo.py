@@ -465,6 +465,13 @@ def test_a_job_that_is_cancelled_through_the_api_stops(client, demo, tmp_path):
     assert not enlarged(demo, "large.png")
 
 
+def test_no_file_of_the_package_or_the_working_folder_is_served(demo):
+    ask = f"{demo.url}/gradio_api/file="
+    assert httpx.get(f"{ask}{ROOT / 'examples' / 'coffee.jpg'}").status_code == 200
+    for path in ("pyproject.toml", "examples/LICENSES.md", "uplift_diffusers/embedded/bundle/model_index.json"):
+        assert httpx.get(f"{ask}{ROOT / path}").status_code == 403, path
+
+
 def test_it_listens_on_this_machine_only(demo):
     connections = psutil.Process(demo.process.pid).net_connections()
     listening = {connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN}

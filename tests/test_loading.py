@@ -10,7 +10,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from tests.components import make_local_vae, make_tiny_vae, make_upsampler
-from tests.hub_server import HubServer
+from tests.hub_server import HubServer, point_at
 from uplift_diffusers import AutoencoderLocal, UPLiFTSuperResolutionPipeline
 from uplift_diffusers.loading import LoadingError, load_pipeline, load_vae
 
@@ -35,11 +35,7 @@ def model(saved, tmp_path):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     with HubServer(tmp_path / "hub") as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        point_at(monkeypatch, server.url, tmp_path / "cache")
         yield server
 
 

@@ -7,11 +7,10 @@ import torch
 from diffusers import ModularPipeline
 from diffusers.modular_pipelines import SequentialPipelineBlocks
 from diffusers.modular_pipelines.stable_diffusion_xl.decoders import StableDiffusionXLDecodeStep
-from huggingface_hub import constants, hf_api
 
 from tests import components
 from tests.components import seeded
-from tests.hub_server import HubServer
+from tests.hub_server import HubServer, point_at
 from uplift_diffusers import UPLiFTLatentUpscalePipeline, UPLiFTLatentUpscaleStep
 from uplift_diffusers.models.conversion import PUBLISHED
 
@@ -55,14 +54,9 @@ def test_an_upsampler_of_other_latents_is_refused():
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     with HubServer(tmp_path / "hub") as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+        point_at(monkeypatch, server.url, tmp_path / "cache")
         yield server
 
 

@@ -44,7 +44,7 @@ ARGUMENTS = {
         "negative_prompt": "dog",
         "negative_prompt_2": "do",
         "guidance_scale": 3.0,
-        "guidance_rescale": 0.7,
+        "guidance_rescale": 1.0,
         "clip_skip": 1,
         "eta": 0.8,
         "original_size": (512, 16),

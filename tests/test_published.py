@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from huggingface_hub import constants, hf_api
 from safetensors.torch import load_file, save_file
 
-from tests.hub_server import HubServer
+from tests.hub_server import HubServer, point_at
 from tests.reference_weights import REFERENCE, reference_state_dict
 from uplift_diffusers.models.conversion import CONFIGS
 from uplift_diffusers.models.upsampler import UPLiFTModel
@@ -26,13 +25,6 @@ IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 
-def point_at(monkeypatch, url):
-    """What HF_ENDPOINT sets when huggingface_hub is imported."""
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(hf_api.api, "endpoint", url)
-
-
 def closed_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -41,10 +33,8 @@ def closed_port():
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with HubServer(tmp_path / "hub") as server:
-        point_at(monkeypatch, server.url)
+        point_at(monkeypatch, server.url, tmp_path / "cache")
         yield server
 
 

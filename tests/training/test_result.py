@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from huggingface_hub import ModelCard, constants, hf_api, upload_folder
+from huggingface_hub import ModelCard, constants, upload_folder
 
-from tests.hub_server import HubServer
+from tests.hub_server import HubServer, point_at
 from tests.training_runs import logged, make_config, make_model, make_photographs, make_vae, run_training
 from uplift_diffusers import LatentSpace, UPLiFTModel
 from uplift_diffusers.data.dataset import Crop, Photographs
@@ -59,15 +59,9 @@ def flags(photographs, vae, tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the local hub speaks Git LFS
     with HubServer(tmp_path / "hub") as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+        point_at(monkeypatch, server.url, tmp_path / "cache")
         server.write_token = TOKEN
         yield server
 
