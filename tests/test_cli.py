@@ -560,12 +560,13 @@ def test_a_signal_between_files_keeps_what_is_written(upscale, tmp_path, capsys,
         return run(self, *args, **options)
 
     monkeypatch.setattr(UPLiFTSuperResolutionPipeline, "__call__", interrupted)
-    # pytest may have been started with SIGINT ignored, as shells do it for what runs in the background.
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    # pytest may have been started with SIGINT or SIGHUP ignored, as shells and nohup do it for the background.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
         assert upscale(tmp_path / "photos", "--output", tmp_path / "large") == code
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.signal(signal.SIGINT, previous[0])
+        signal.signal(signal.SIGHUP, previous[1])
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
     assert error_line(capsys) == "Interrupted. The outputs written so far are whole."
     assert files_below(tmp_path / "large") == ["a.png"]
@@ -754,7 +755,8 @@ def test_vae_replaces_that_of_a_pipeline(upscale, model, tmp_path):
     torch.nn.init.constant_(vae.linear_decoder.bias, 0.5)
     vae.save_pretrained(tmp_path / "vae")
     source = save(picture(), tmp_path / "photo.png")
-    assert upscale(source, "--output", tmp_path / "large.png", "--vae", tmp_path / "vae") == 0
+    flags = ("--vae", tmp_path / "vae", "--consistency", 0)
+    assert upscale(source, "--output", tmp_path / "large.png", *flags) == 0
     assert np.unique(np.asarray(load(tmp_path / "large.png"))).tolist() == [191]  # (0.5 + 1) / 2
 
 
