@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from huggingface_hub import constants, file_download, hf_api
+from huggingface_hub.utils import _http
 
 _ROUTES = (
     ("info", re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>.+))?")),
@@ -36,7 +37,14 @@ def point_at(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
     monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)  # below 1.0
     monkeypatch.setattr(hf_api.api, "endpoint", url)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    set_offline(monkeypatch, False)
+
+
+def set_offline(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
+    """What HF_HUB_OFFLINE sets when huggingface_hub is imported."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    if hasattr(_http, "reset_sessions"):  # below 1.0 a session stays what it was when it was made
+        _http.reset_sessions()
 
 
 class HubServer:

@@ -6,12 +6,10 @@ import shutil
 
 import pytest
 import torch
-from huggingface_hub import constants
-from huggingface_hub.utils import _http
 from safetensors.torch import load_file, save_file
 
 from tests.components import make_local_vae, make_tiny_vae, make_upsampler
-from tests.hub_server import HubServer, point_at
+from tests.hub_server import HubServer, point_at, set_offline
 from uplift_diffusers import AutoencoderLocal, UPLiFTSuperResolutionPipeline
 from uplift_diffusers.loading import LoadingError, load_pipeline, load_vae
 
@@ -189,7 +187,7 @@ def test_repositories_are_fetched_and_found_again_offline(saved, hub, monkeypatc
     shutil.copytree(saved, hub.folder("someone/pipeline"), dirs_exist_ok=True)
     pipeline = load_pipeline("someone/pipeline")
     assert pipeline.latent_space.name == "test-local"
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    set_offline(monkeypatch, True)
     assert load_pipeline("someone/pipeline").latent_space.name == "test-local"
 
 
@@ -199,17 +197,10 @@ def test_repositories_out_of_reach_are_told_why(hub, monkeypatch):
     hub.gated.add("someone/gated")
     assert "asks for a login that has access to it" in sentence_of("someone/gated")
     assert "neither a folder here nor a name on the hub" in sentence_of("some one/no thing")
-    # Sessions of huggingface-hub below 1.0 read it when they begin.
-    reset_sessions = getattr(_http, "reset_sessions", lambda: None)
-    try:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        reset_sessions()
-        assert "is not in the cache, and HF_HUB_OFFLINE forbids to ask the hub" in sentence_of("someone/nothing")
-        with pytest.raises(LoadingError, match="HF_HUB_OFFLINE forbids"):
-            load_vae("someone/nothing")
-    finally:
-        monkeypatch.undo()
-        reset_sessions()
+    set_offline(monkeypatch, True)
+    assert "is not in the cache, and HF_HUB_OFFLINE forbids to ask the hub" in sentence_of("someone/nothing")
+    with pytest.raises(LoadingError, match="HF_HUB_OFFLINE forbids"):
+        load_vae("someone/nothing")
 
 
 @pytest.mark.slow  # the hub's library tries again and again
