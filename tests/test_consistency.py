@@ -6,14 +6,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import ExifTags, Image
 
 from tests import components
 from tests.components import seeded, smooth_images
 from uplift_diffusers import UPLiFTSuperResolutionPipeline
 from uplift_diffusers.images.compression import consistency_for_denoise, denoise_for_quality, jpeg_quality
-from uplift_diffusers.images.convert import interpolate
+from uplift_diffusers.images.convert import interpolate, read_pictures
+from uplift_diffusers.images.files import open_image, plan_saving
 from uplift_diffusers.pipelines.upscale_stage import make_consistent
+
+
+def turned_exif():
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    return exif
 
 
 @pytest.mark.parametrize("factor", [2, 4, 8])
@@ -72,6 +79,13 @@ def test_the_quality_of_a_jpeg_is_read_off_its_tables(quality, mode):
     file = io.BytesIO()
     Image.new(mode, (16, 16)).save(file, "JPEG", quality=quality)
     assert jpeg_quality(Image.open(file)) == quality
+
+
+def test_an_opened_jpeg_tells_its_quality_to_whatever_enlarges_it(tmp_path):
+    Image.new("RGB", (16, 24)).save(tmp_path / "photo.jpg", quality=75, exif=turned_exif())
+    opened = plan_saving(open_image(tmp_path / "photo.jpg"), ".png").image
+    assert opened.size == (24, 16)
+    assert read_pictures(opened)[0].jpeg_quality == 75
 
 
 def test_pictures_of_other_formats_have_no_quality():

@@ -9,7 +9,8 @@ from PIL import Image
 
 from tests.components import seeded, smooth_images
 from uplift_diffusers.data import degradation
-from uplift_diffusers.data.degradation import degrade, strength_of_quality, through_jpeg
+from uplift_diffusers.data.degradation import degrade, through_jpeg
+from uplift_diffusers.images.compression import denoise_for_quality
 
 
 def pictures(count, size=32):
@@ -73,7 +74,7 @@ def test_kinds_of_damage_have_their_shares(compressions):
 
 @pytest.mark.parametrize(("quality", "strength"), [(100, 0.0), (65, 0.5), (30, 1.0), (10, 1.0)])
 def test_the_strength_of_a_quality_is_that_of_the_degraded_inputs(quality, strength):
-    assert strength_of_quality(quality) == strength
+    assert denoise_for_quality(quality) == strength
 
 
 def test_a_jpeg_is_that_of_pillow():

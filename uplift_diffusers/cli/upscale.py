@@ -282,7 +282,6 @@ def _upscale_file(
     """Enlarge one file and return what it lost on the way, in sentences."""
     import torch
 
-    from uplift_diffusers.images.compression import denoise_for_quality
     from uplift_diffusers.images.files import MAX_EDGES, OUTPUT_FORMATS, open_image, plan_saving
 
     # 1. Open, and refuse what would be too large or could not be stored
@@ -301,10 +300,7 @@ def _upscale_file(
 
     # 2. Enlarge
     generator = torch.Generator().manual_seed(options.seed)  # on the CPU: the same noise on every device
-    denoise = options.denoise
-    if denoise == "auto" and pipeline.upsampler.config.denoise_channel:
-        denoise = denoise_for_quality(opened.jpeg_quality)
-    settings = {"denoise": denoise, "consistency": options.consistency}
+    settings = {"denoise": options.denoise, "consistency": options.consistency}
     enlarged = pipeline(image=opened.image, scale=scale, generator=generator, **settings).images[0]
 
     # 3. Save

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-QUALITY_RANGE = 70
-"""A strength of 0 is a JPEG of quality 100, a strength of 1 one of quality 30."""
+from uplift_diffusers.images.compression import CLEAN_QUALITY, POOREST_QUALITY
 
 NOISE_DEVIATION = 10.0
 """Standard deviation of the noise at a strength of 1, in steps of 8 bits."""
@@ -17,11 +16,6 @@ BLUR_RADIUS_PX = 0.8
 
 PERIOD_PX = 16
 """Edge of the blocks of a JPEG with 4:2:0 chroma: its damage depends on where a crop lies on their grid."""
-
-
-def strength_of_quality(quality: int) -> float:
-    """The strength in [0, 1] of a JPEG of Pillow's `quality`; below quality 30 it is 1."""
-    return min(max((100 - quality) / QUALITY_RANGE, 0.0), 1.0)
 
 
 def degrade(
@@ -52,7 +46,7 @@ def degrade(
             image = _blur(image, strength) if softens < 0.5 else _add_noise(image, strength, generator)
         if kind >= 0.1:
             corner = int(row * PERIOD_PX), int(column * PERIOD_PX)
-            quality = round(100 - QUALITY_RANGE * strength)
+            quality = round(CLEAN_QUALITY + (POOREST_QUALITY - CLEAN_QUALITY) * strength)
             image = _compress(image, quality, subsampling="4:2:0" if chroma < 0.75 else "4:4:4", corner=corner)
         result[index] = _to_tensor(image, like=images)
     return result, strengths.to(images.device)

@@ -13,8 +13,8 @@ CLEAN_QUALITY, POOREST_QUALITY = 100, 30
 
 def jpeg_quality(image: Image.Image) -> int | None:
     """
-    The quality, from 1 to 100 on the scale of libjpeg, with which the file of `image` was saved; None if it is no
-    JPEG that was just opened.
+    The quality, from 1 to 100 on the scale of libjpeg, with which the file of `image` was saved; None if it was not
+    opened from a JPEG, by Pillow or by `open_image`, or was changed since.
 
     libjpeg scales the standard's tables; how much follows from the sum of the table for luminance. Tables of other
     programs get the quality whose table has the same sum.

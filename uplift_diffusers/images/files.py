@@ -15,7 +15,6 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from uplift_diffusers.images.compression import jpeg_quality
 from uplift_diffusers.images.containers import (
     JPEG_SIGNATURE,
     PNG_SIGNATURE,
@@ -101,13 +100,11 @@ class OpenedImage:
         image: its first frame, upright, of mode L, LA, RGB, RGBA or I;16.
         metadata: what else is in the file and holds for its enlargement, for [`save_image`].
         losses: sentences on what is in the file and not in here.
-        jpeg_quality: if the file is a JPEG; see [`~uplift_diffusers.images.compression.jpeg_quality`].
     """
 
     image: Image.Image
     metadata: Metadata = field(default_factory=Metadata)
     losses: tuple[str, ...] = ()
-    jpeg_quality: int | None = None
 
 
 @dataclass(frozen=True)
@@ -444,7 +441,9 @@ def _read_jpeg(parts: JpegParts, stream: BinaryIO) -> OpenedImage:
     with _pillow_open(source, b"", ("JPEG",)) as file:
         file.load()
         metadata, orientation, losses = read_jpeg_metadata(parts, file.info)
-        return replace(_opened(file, metadata, orientation, losses), jpeg_quality=jpeg_quality(file))
+        opened = _opened(file, metadata, orientation, losses)
+        opened.image.quantization = file.quantization  # what `jpeg_quality` reads, as off a file that Pillow opened
+        return opened
 
 
 def _with_end(pixels: bytes) -> bytes:

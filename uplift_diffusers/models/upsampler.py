@@ -496,10 +496,7 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
             denoise: as for `forward`.
         """
         config = self.config
-        hidden = normalize_image(image, config.image_normalization)
-        if config.denoise_channel:
-            strength = torch.as_tensor(denoise, dtype=image.dtype, device=image.device).reshape(-1, 1, 1, 1)
-            hidden = torch.cat([hidden, strength.expand(len(image), 1, *image.shape[2:])], dim=1)
+        hidden = network_input(image, config.image_normalization, denoise if config.denoise_channel else None)
         factor = config.encoder_spatial_factor or config.spatial_factor
         if factor != config.spatial_factor:
             size = tuple(length // config.spatial_factor * factor for length in image.shape[2:])
@@ -605,10 +602,25 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         return num_steps
 
 
-def normalize_image(image: torch.Tensor, normalization: str) -> torch.Tensor:
-    """(B, 3, H, W) in [0, 1] -> the same by mean and deviation of one of `IMAGE_NORMALIZATIONS`."""
+def network_input(
+    image: torch.Tensor, normalization: str, denoise: torch.Tensor | float | None = None
+) -> torch.Tensor:
+    """
+    An image as the first layer sees it.
+
+    Args:
+        image: (B, 3, H, W) in [0, 1].
+        normalization: one of `IMAGE_NORMALIZATIONS`, whose mean and deviation are applied.
+        denoise: a number or (B,), which becomes a fourth channel; None for none.
+    Returns:
+        (B, 3, H, W) or (B, 4, H, W).
+    """
     mean, std = IMAGE_NORMALIZATIONS[normalization]
-    return (image - image.new_tensor(mean)[:, None, None]) / image.new_tensor(std)[:, None, None]
+    normalized = (image - image.new_tensor(mean)[:, None, None]) / image.new_tensor(std)[:, None, None]
+    if denoise is None:
+        return normalized
+    strength = torch.as_tensor(denoise, dtype=image.dtype, device=image.device).reshape(-1, 1, 1, 1)
+    return torch.cat([normalized, strength.expand(len(image), 1, *image.shape[2:])], dim=1)
 
 
 def _read_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -12,9 +12,10 @@ from accelerate import Accelerator
 from PIL import Image
 
 from uplift_diffusers.data.dataset import Crop, Photographs
-from uplift_diffusers.data.degradation import strength_of_quality, through_jpeg
+from uplift_diffusers.data.degradation import through_jpeg
 from uplift_diffusers.data.pyramid import encode_pyramid, image_pyramid
 from uplift_diffusers.data.sources import FolderSource
+from uplift_diffusers.images.compression import denoise_for_quality
 from uplift_diffusers.images.files import save_image
 from uplift_diffusers.latent_space import Autoencoder, LatentCodec, LatentSpace
 from uplift_diffusers.models.interpolation import interpolate_latents
@@ -166,7 +167,7 @@ class UpsamplerValidation:
                 }
                 for quality in self.jpeg_qualities:
                     image = through_jpeg(pyramid[depth], quality=quality)
-                    denoise = clean + strength_of_quality(quality)
+                    denoise = clean + denoise_for_quality(quality)
                     cleaned = self.codec.decode(self.upsample(image, depth, denoise, generator).float())
                     measured[f"val_psnr_{2**depth}x_jpeg{quality}"] = psnr_from_mse(_mse(cleaned, pyramid[0]))
                 for name, values in measured.items():

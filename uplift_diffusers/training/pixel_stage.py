@@ -12,10 +12,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from uplift_diffusers.data.degradation import degrade, strength_of_quality, through_jpeg
+from uplift_diffusers.data.degradation import degrade, through_jpeg
 from uplift_diffusers.data.pyramid import image_pyramid
+from uplift_diffusers.images.compression import denoise_for_quality
 from uplift_diffusers.models.blocks import ConvGroup
-from uplift_diffusers.models.upsampler import IMAGE_NORMALIZATIONS
+from uplift_diffusers.models.upsampler import network_input
 from uplift_diffusers.training.losses import psnr_from_mse
 from uplift_diffusers.training.monitoring import VALIDATION_BATCH, Validation, picture_of, validation_crops
 
@@ -73,18 +74,11 @@ class PixelStageModel(ModelMixin, ConfigMixin):
         Returns:
             (B, 3, scale * H, scale * W), float32, not clamped.
         """
-        mean, std = (image.new_tensor(values)[:, None, None] for values in self._normalization)
-        seen = (image - mean) / std
-        if self.config.denoise_channel:
-            channel = denoise.to(image)[:, None, None, None].expand(-1, 1, *image.shape[2:])
-            seen = torch.cat([seen, channel], dim=1)  # (B, 4, H, W)
+        config = self.config
+        seen = network_input(image, config.image_normalization, denoise if config.denoise_channel else None)
         features = self.stem(seen.contiguous(memory_format=torch.channels_last))
         residual = F.pixel_shuffle({2: self.head2, 4: self.head4}[scale](features).float(), scale)
         return F.interpolate(image.float(), scale_factor=scale, mode="bicubic") + RESIDUAL_SCALE * residual
-
-    @property
-    def _normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        return IMAGE_NORMALIZATIONS[self.config.image_normalization]
 
 
 class PixelObjective(nn.Module):
@@ -159,7 +153,7 @@ class PixelValidation:
             for scale, small in zip(SCALES, image_pyramid(target, 2)[1:], strict=True):
                 enlarged = self._measure(f"val_psnr_{scale}x", small, target, scale, 0.0, sums)
                 for quality in self.jpeg_qualities:
-                    compressed, strength = through_jpeg(small, quality=quality), strength_of_quality(quality)
+                    compressed, strength = through_jpeg(small, quality=quality), denoise_for_quality(quality)
                     self._measure(f"val_psnr_{scale}x_jpeg{quality}", compressed, target, scale, strength, sums)
             if len(rows) < self.rows:
                 size = target.shape[2:]
