@@ -64,17 +64,22 @@ def replaced_when_whole(path: str | Path, *, overwrite: bool = True) -> Iterator
 
 
 @contextmanager
-def folder_when_whole(path: str | Path) -> Iterator[Path]:
+def folder_when_whole(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     A new folder to fill that becomes `path` at the end of the block, and vanishes if the block does not get there.
 
+    Args:
+        path: its parent folder exists.
+        overwrite: replace a folder that is there, once the new one is whole.
     Raises:
-        FileExistsError: there is something at `path` already.
+        FileExistsError: there is something at `path` already that is not to be replaced.
         OSError: it cannot be written.
     """
     path = Path(path)
     with _naming(path):
-        check_output_path(path)
+        replaces = overwrite and path.is_dir() and not path.is_symlink()
+        if not replaces:
+            check_output_path(path)
         remove_unfinished(path.parent)
         with _partial(path.parent) as partial:
             partial.mkdir()
@@ -84,6 +89,8 @@ def folder_when_whole(path: str | Path) -> Iterator[Path]:
                     with open(Path(place, name), "rb") as file:
                         os.fsync(file.fileno())
                 _sync(Path(place))
+            if replaces:
+                shutil.rmtree(path)
             check_output_path(path)
             os.rename(partial, path)
         _sync(path.parent)

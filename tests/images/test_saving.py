@@ -149,6 +149,19 @@ def test_folders_appear_when_they_are_whole(tmp_path):
     assert names(tmp_path) == ["new"]
 
 
+def test_a_folder_is_replaced_only_when_the_new_one_is_whole(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "old").touch()
+    with pytest.raises(ZeroDivisionError), folder_when_whole(tmp_path / "there", overwrite=True) as folder:
+        (folder / "new").write_bytes(bytes(1 // 0))
+    assert names(tmp_path / "there") == ["old"]
+    with folder_when_whole(tmp_path / "there", overwrite=True) as folder:
+        (folder / "new").touch()
+        assert names(tmp_path / "there") == ["old"]
+    assert names(tmp_path / "there") == ["new"]
+    assert names(tmp_path) == ["there"]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="of POSIX")
 def test_leftovers_of_a_killed_process_are_removed_and_those_of_a_living_one_stay(tmp_path):
     script = (

@@ -5,8 +5,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +14,8 @@ from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from uplift_diffusers.saving import folder_when_whole
 
 PREFIX = "checkpoint-"
 STATE = "state.json"
@@ -63,7 +63,8 @@ def save_checkpoint(output_dir: Path, state: TrainingState, *, settings: dict, k
     """
     final = output_dir / f"{PREFIX}{state.step}"
     try:
-        with _folder_when_whole(final) as folder:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with folder_when_whole(final, overwrite=True) as folder:
             _write(folder, state, settings)
     except (OSError, SafetensorError) as error:
         there = list_checkpoints(output_dir)
@@ -250,26 +251,6 @@ def _step_of(path: Path) -> int | None:
     """The step in the name of a checkpoint's folder; None if it has another name."""
     match = re.fullmatch(rf"{PREFIX}(\d+)", path.name, re.ASCII)
     return int(match[1]) if match else None
-
-
-# The one place that makes a folder appear whole; `replaced_when_whole` does the same for one file.
-@contextmanager
-def _folder_when_whole(final: Path) -> Iterator[Path]:
-    """An empty folder that becomes `final` at the end of the block, and vanishes if the block does not get there."""
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in partial.iterdir():
-            _sync(path)
-        _sync(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _sync(final.parent)
 
 
 def _sync(path: Path) -> None:
