@@ -73,7 +73,10 @@ def measure(name: str, sizes: list[int], num_steps: int) -> None:
         call()
         first, graphs = clock.read()
         call()
-        print(f"| {name} | {edge} -> {edge * 2**num_steps} | {first:.2f} | {clock.read()[0]:.2f} | {graphs} |", flush=True)
+        print(
+            f"| {name} | {edge} -> {edge * 2**num_steps} | {first:.2f} | {clock.read()[0]:.2f} | {graphs} |",
+            flush=True,
+        )
 
     torch.compiler.reset()
     edge, tile_size = 2 * sizes[-1], sizes[0]

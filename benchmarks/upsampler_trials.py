@@ -26,7 +26,7 @@ from uplift_diffusers.data.dataset import Crop, EpochSampler, Photographs
 from uplift_diffusers.data.sources import FolderSource
 from uplift_diffusers.latent_space import Autoencoder, LatentCodec, LatentSpace
 from uplift_diffusers.models.local_attention import neighborhood_offsets
-from uplift_diffusers.training.losses import MultiDepthObjective, run_upsampler
+from uplift_diffusers.training.losses import MultiDepthObjective
 from uplift_diffusers.training.monitoring import UpsamplerValidation
 from uplift_diffusers.training.recipes import EmbeddedTrainingConfig
 
@@ -181,8 +181,7 @@ class Measurement:
         self, image: torch.Tensor, depth: int, denoise: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
         latents = LatentCodec(self.vae, self.space).encode(image)
-        settings = {"num_steps": depth, "generator": generator}
-        return run_upsampler(self.model, latents, image=image, denoise=denoise, **settings).sample
+        return self.model(latents, image=image, num_steps=depth, denoise=denoise, generator=generator).sample
 
     @torch.no_grad()
     def _centre_weight(self) -> float:

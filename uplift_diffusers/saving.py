@@ -10,7 +10,7 @@ import shutil
 import stat
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from io import BufferedRandom
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def replaced_when_whole(path: str | Path, *, overwrite: bool = True) -> Iterator
                 os.replace(partial, path)
             else:
                 _take_name(partial, path)
-        _sync(path.parent)
+        sync(path.parent)
 
 
 @contextmanager
@@ -88,12 +88,12 @@ def folder_when_whole(path: str | Path, *, overwrite: bool = False) -> Iterator[
                 for name in names:
                     with open(Path(place, name), "rb") as file:
                         os.fsync(file.fileno())
-                _sync(Path(place))
+                sync(Path(place))
             if replaces:
                 shutil.rmtree(path)
             check_output_path(path)
             os.rename(partial, path)
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def check_output_path(path: str | Path, *, overwrite: bool = False) -> None:
@@ -196,11 +196,12 @@ def _naming(path: Path) -> Iterator[None]:
         raise
 
 
-def _sync(folder: Path) -> None:
-    """Make what was renamed in `folder` last through a power failure, where the system can."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk. Not every system can do that for a folder."""
+    is_folder = path.is_dir()
+    with suppress(OSError) if is_folder else nullcontext():
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
         try:
-            os.fsync(handle)
+            os.fsync(descriptor)
         finally:
-            os.close(handle)
+            os.close(descriptor)

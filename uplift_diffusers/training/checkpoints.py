@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from uplift_diffusers.saving import folder_when_whole
+from uplift_diffusers.saving import folder_when_whole, sync
 
 PREFIX = "checkpoint-"
 STATE = "state.json"
@@ -83,10 +82,10 @@ def save_result(model: ModelMixin, output_dir: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     for path in sorted(temporary.iterdir()):
-        _sync(path)
+        sync(path)
         path.replace(output_dir / path.name)
     temporary.rmdir()
-    _sync(output_dir)
+    sync(output_dir)
 
 
 def remove_partial_files(output_dir: Path) -> None:
@@ -251,17 +250,6 @@ def _step_of(path: Path) -> int | None:
     """The step in the name of a checkpoint's folder; None if it has another name."""
     match = re.fullmatch(rf"{PREFIX}(\d+)", path.name, re.ASCII)
     return int(match[1]) if match else None
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

@@ -1,7 +1,5 @@
 """Multi-depth self-supervised reconstruction: every 2x step against the latents of the image at that size."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,7 +10,7 @@ from uplift_diffusers.data.pyramid import encode_pyramid, image_pyramid
 from uplift_diffusers.images.compression import consistency_for_denoise
 from uplift_diffusers.images.convert import missing_detail
 from uplift_diffusers.latent_space import Autoencoder, LatentCodec, LatentSpace
-from uplift_diffusers.models.upsampler import UPLiFTModel, UPLiFTOutput
+from uplift_diffusers.models.upsampler import UPLiFTModel
 
 
 class MultiDepthObjective(nn.Module):
@@ -77,12 +75,11 @@ class MultiDepthObjective(nn.Module):
         for depth in self.depths:
             image, start, denoise = self._start(pyramid[depth], targets[depth], generator)
             noise = torch.randn(start.shape, generator=generator).to(start)
-            steps = run_upsampler(
-                self.model,
+            steps = self.model(
                 start + self.latent_noise * noise,
                 image=image,
-                denoise=denoise,
                 num_steps=depth,
+                denoise=denoise,
                 generator=generator,
                 return_steps=True,
             ).steps
@@ -110,15 +107,6 @@ class MultiDepthObjective(nn.Module):
             latents = latents.clone()
             latents[degraded] = encode_pyramid(self.codec, [image[degraded]])[0]
         return image, latents, denoise
-
-
-def run_upsampler(
-    model: UPLiFTModel, raw_latents: torch.Tensor, *, image: torch.Tensor, denoise: torch.Tensor, **settings: Any
-) -> UPLiFTOutput:
-    """`model(raw_latents, image=image, ...)`, with `denoise` (B,) in [0, 1] if the model has a channel for it."""
-    if model.config.get("denoise_channel", False):
-        settings["denoise"] = denoise
-    return model(raw_latents, image=image, **settings)
 
 
 def psnr_from_mse(mse: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from uplift_diffusers.loading import load_upsampler, load_vae
 from uplift_diffusers.models.upsampler import UPLiFTModel
 from uplift_diffusers.pipelines.cfm_latent_upscale import CFMLatentUpscalePipeline
 from uplift_diffusers.training.config import Task, TrainingConfig, option, parse_choices, parse_config
-from uplift_diffusers.training.losses import MultiDepthObjective, run_upsampler
+from uplift_diffusers.training.losses import MultiDepthObjective
 from uplift_diffusers.training.monitoring import UpsamplerValidation
 from uplift_diffusers.training.pixel_stage import PixelObjective, PixelStageModel, PixelValidation, load_stem
 
@@ -149,8 +149,7 @@ class UpsamplerTrainingConfig(LatentTrainingConfig):
             image: torch.Tensor, depth: int, denoise: torch.Tensor, generator: torch.Generator
         ) -> torch.Tensor:
             latents = LatentCodec(vae, space).encode(image)
-            settings = {"num_steps": depth, "generator": generator}
-            return run_upsampler(model, latents, image=image, denoise=denoise, **settings).sample
+            return model(latents, image=image, num_steps=depth, denoise=denoise, generator=generator).sample
 
         @torch.no_grad()
         def fit(crops: torch.Tensor) -> None:
