@@ -8,6 +8,7 @@ the velocity. All latents here are scaled, as diffusers passes them between pipe
 Source: Schusterbauer et al. 2024 (arXiv 2312.07360), section 3, and the code they published.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -18,6 +19,8 @@ from torch import nn
 from uplift_diffusers.data.latent_cache import LatentCache
 from uplift_diffusers.data.pyramid import encode_pyramid, image_pyramid
 from uplift_diffusers.latent_space import Autoencoder, LatentCodec, LatentSpace
+from uplift_diffusers.models.blocks import start_at_zero
+from uplift_diffusers.scale import size_of
 
 NOISING_STEP = 400
 """Step of 1,000 of the diffusion process that makes the source from the context."""
@@ -82,7 +85,8 @@ def noise_context(context: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         context: (B, C, h, w) float32.
         noise: (B, C, h, w), standard normal.
     """
-    return forward_diffusion().add_noise(context, noise, torch.full((len(context),), NOISING_STEP))
+    add_noise: Callable[..., torch.Tensor] = forward_diffusion().add_noise  # typed for an IntTensor, which no step is
+    return add_noise(context, noise, torch.full((len(context),), NOISING_STEP))
 
 
 def point_on_path(source: torch.Tensor, target: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
@@ -138,6 +142,7 @@ def set_equal_steps(scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, 
     """Prepare `num_steps` steps of equal length, which end at x1 exactly, and return their timesteps."""
     sigmas = [1 - step / num_steps for step in range(num_steps)]
     scheduler.set_timesteps(sigmas=sigmas, device=device)
+    assert isinstance(scheduler.timesteps, torch.Tensor)
     return scheduler.timesteps
 
 
@@ -159,8 +164,7 @@ def make_unet(size: str, latent_channels: int) -> UNet2DModel:
         attn_norm_num_groups=settings["norm_num_groups"],
         resnet_time_scale_shift="scale_shift",
     )
-    nn.init.zeros_(unet.conv_out.weight)
-    nn.init.zeros_(unet.conv_out.bias)
+    start_at_zero(unet.conv_out)
     return unet
 
 
@@ -175,7 +179,7 @@ def check_unet(unet: UNet2DModel, space: LatentSpace) -> None:
 
     Of a U-Net that does not say what it was trained for (see `name_latents`) only the shape is checked.
     """
-    expected, actual = (2 * space.channels, space.channels), (unet.config.in_channels, unet.config.out_channels)
+    expected, actual = (2 * space.channels, space.channels), (unet.config["in_channels"], unet.config["out_channels"])
     if actual != expected:
         raise ValueError(
             f"`unet` must have {expected[0]} input and {expected[1]} output channels for the latent space "
@@ -191,7 +195,7 @@ def check_unet(unet: UNet2DModel, space: LatentSpace) -> None:
 
 def latent_multiple(unet: UNet2DModel) -> int:
     """Height and width of the latents that `unet` takes are multiples of this."""
-    return 2 ** (len(unet.config.block_out_channels) - 1)
+    return 2 ** (len(unet.config["block_out_channels"]) - 1)
 
 
 class FlowMatchingObjective(nn.Module):
@@ -230,7 +234,7 @@ class FlowMatchingObjective(nn.Module):
         """(B, 3, R, R) in [0, 1], R / spatial_factor a multiple of `latent_multiple(model)` -> `loss`."""
         depth = self.depths[int(torch.randint(len(self.depths), (), generator=generator))]
         low = image_pyramid(images, depth)[depth]
-        pyramid = [images, enlarge(low, images.shape[2:])]
+        pyramid = [images, enlarge(low, size_of(images))]
         target, context = encode_pyramid(self.codec, pyramid, cache=self.cache)
         target, context = self.codec.space.normalize(target), self.codec.space.normalize(context)  # (B, C, r, r)
 

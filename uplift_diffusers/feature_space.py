@@ -4,12 +4,11 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import MethodType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
-from torch import nn
 
 # transformers is imported where a model is loaded: its TimmWrapperModel imports timm, which takes half a second.
 if TYPE_CHECKING:
@@ -86,16 +85,16 @@ class FeatureSpace:
         Raises:
             TypeError: another kind of model.
         """
-        model = _supported(model)
-        config = model.config
+        network: Any = _supported(model)
+        config = network.config
         if config.model_type == "timm_wrapper":
             architecture = config.architecture.partition(".")[0]
             is_changed = bool(set(config.model_args or {}) - {"dynamic_img_size"})
-            if model.features_only:
-                info = model.timm_model.feature_info
+            if network.features_only:
+                info = network.timm_model.feature_info
                 channels, patch_size = info.channels()[-1], info.reduction()[-1]
             else:
-                channels, patch_size = model.timm_model.num_features, model.timm_model.patch_embed.patch_size[0]
+                channels, patch_size = network.timm_model.num_features, network.timm_model.patch_embed.patch_size[0]
             known = None if is_changed else KNOWN_ARCHITECTURES.get(architecture)
             known = known or f"{architecture}-c{channels}-p{patch_size}"
         else:
@@ -163,7 +162,7 @@ class FeatureBackbone:
                 f"`image_normalization` must be one of {tuple(IMAGE_NORMALIZATIONS)} or None, "
                 f"got {image_normalization!r}."
             )
-        network = _supported(model)
+        network: Any = _supported(model)
         self.image_mean, self.image_std = IMAGE_NORMALIZATIONS[image_normalization or "imagenet"]
         self.has_cls_token, self.num_prefix_tokens = True, 1 + getattr(network.config, "num_register_tokens", 0)
         if network.config.model_type == "timm_wrapper":
@@ -180,7 +179,7 @@ class FeatureBackbone:
             self.num_prefix_tokens = getattr(timm_model, "num_prefix_tokens", 0)
         if network.config.model_type == "dinov2":
             network.embeddings.interpolate_pos_encoding = MethodType(_antialiased_positions, network.embeddings)
-        self.model = model.eval()
+        self.model: Any = model.eval()  # a PreTrainedModel, of which transformers hides what `to` takes
 
     @classmethod
     def from_pretrained(
@@ -280,7 +279,7 @@ def _either(names: Iterable[str]) -> str:
     return f"{', '.join(first)} or {last}"
 
 
-def _antialiased_positions(embeddings: nn.Module, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def _antialiased_positions(embeddings: Any, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """
     The position embeddings of a Dinov2Model for an image of `height` by `width` pixels, in timm's way.
 

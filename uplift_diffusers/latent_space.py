@@ -1,10 +1,10 @@
 """LatentSpace, what a VAE's latents are; LatentCodec, which runs any of diffusers' image autoencoders."""
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,11 @@ from diffusers import (
 )
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import is_compiled_module
 
 from uplift_diffusers.arguments import read_whole_number
 from uplift_diffusers.images.convert import resize
 from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
+from uplift_diffusers.scale import size_of
 
 logger = logging.get_logger(__name__)
 
@@ -32,6 +32,7 @@ Autoencoder = (
     AutoencoderKL | AutoencoderKLFlux2 | AutoencoderTiny | AutoencoderDC | AutoencoderLocal | VideoAutoencoder
 )
 Factor = float | tuple[float, ...]
+Model = TypeVar("Model", bound=ModelMixin)
 
 PACKING = 2
 """Edge of the patches of latents that transformers see as one token."""
@@ -79,7 +80,7 @@ class LatentSpace:
             *names, last = (kind.__name__ for kind in get_args(Autoencoder))
             raise TypeError(f"`vae` must be an {', '.join(names)} or {last}, got {type(vae).__name__}.")
         space = _describe(vae)
-        declared = KNOWN_SPACES.get(name)
+        declared = None if name is None else KNOWN_SPACES.get(name)
         if declared is not None and declared.shape != space.shape:
             raise ValueError(
                 f"`latent_space` must be the VAE's own: {name!r} has {declared.channels} channels and spatial factor "
@@ -167,7 +168,7 @@ class LatentSpace:
                 f"`height` and `width` must both be given for packed latents of shape {shape}, "
                 f"got {height} and {width}. Pass those of the image, in pixels."
             )
-        size = shape[-2:]
+        size = size_of(latents)
         if given:
             # Rounded down to whole patches, as the pipelines round the size that they are called with.
             step = self.spatial_factor * (PACKING if is_packed else 1)
@@ -254,10 +255,10 @@ class Flux2LatentSpace(LatentSpace):
                 "`latents` must be raw, (B, C, h, w), for a VAE without the batch-norm statistics of FLUX.2, "
                 f"got {tuple(latents.shape)}. Use the AutoencoderKLFlux2, or denormalize them with its statistics."
             )
-        return _broadcast(self.patch_mean, latents), _broadcast(self.patch_std, latents)
+        return _by_channel(self.patch_mean, latents), _by_channel(self.patch_std, latents)
 
 
-def _read_statistics(mean: list[float], std: list[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _read_statistics(mean: Sequence[float], std: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation of every channel -> scaling and shift factors, rounded as diffusers' pipelines round them."""
     return tuple((1.0 / torch.tensor(std)).tolist()), tuple(mean)
 
@@ -324,12 +325,12 @@ class LatentCodec:
 
     def encode_sample(self, sample: torch.Tensor) -> torch.Tensor:
         """Raw latents of (B, 3, H, W) in [-1, 1] in the VAE's dtype, not checked."""
-        output = self.vae.encode(sample.unsqueeze(2) if self._is_video else sample)
+        output: Any = self.vae.encode(sample.unsqueeze(2) if self._is_video else sample)
         if hasattr(output, "latent_dist"):
             mode = output.latent_dist.mode()
             return mode.squeeze(2) if self._is_video else mode
         if hasattr(output, "latents"):  # an AutoencoderTiny's, which are scaled
-            return self.space.read(output.latents, size=output.latents.shape[2:])
+            return self.space.read(output.latents, size=size_of(output.latents))
         return output.latent
 
     def native(self, raw_latents: torch.Tensor) -> torch.Tensor:
@@ -353,7 +354,8 @@ class LatentCodec:
 
     def decode_sample(self, raw_latents: torch.Tensor) -> torch.Tensor:
         """What the VAE decodes raw latents of its dtype to: (B, 3, H, W), about [-1, 1], not checked."""
-        sample = self.vae.decode(self.native(raw_latents)).sample
+        decode: Callable[..., Any] = self.vae.decode
+        sample = decode(self.native(raw_latents)).sample
         return sample[:, :, 0] if self._is_video else sample
 
     def resize(self, raw_latents: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -416,9 +418,9 @@ class LatentCodec:
         return _check_finite(output)
 
 
-def unwrap_compiled(model: ModelMixin) -> ModelMixin:
+def unwrap_compiled(model: Model) -> Model:
     """The model that `torch.compile` was given, or `model` if it is not compiled."""
-    return model._orig_mod if is_compiled_module(model) else model
+    return getattr(model, "_orig_mod", model)
 
 
 def _to_image(sample: torch.Tensor) -> torch.Tensor:
@@ -461,7 +463,7 @@ def _in_float32(vae: Autoencoder) -> Iterator[None]:
 
 def _describe(vae: Autoencoder) -> LatentSpace:
     """The latent space of `vae`, without its name."""
-    config = vae.config
+    config: Any = vae.config
     in_channels = config.get("in_channels", config.get("input_channels", 3))
     if isinstance(vae, AutoencoderKLWan):
         in_channels //= (config.patch_size or 1) ** 2  # of Wan 2.2 the config counts those of patches
@@ -481,9 +483,10 @@ def _describe(vae: Autoencoder) -> LatentSpace:
     shape = config.latent_channels, 2 ** (len(widths) - 1)
     if isinstance(vae, AutoencoderKLFlux2):
         # Buffers, not weights: they are where the VAE runs, also if its weights are offloaded.
-        std = torch.sqrt(vae.bn.running_var.float() + config.batch_norm_eps)
+        norm: Any = vae.bn
+        std = torch.sqrt(norm.running_var.float() + config.batch_norm_eps)
         return Flux2LatentSpace(
-            "", *shape, 1.0, patch_mean=tuple(vae.bn.running_mean.tolist()), patch_std=tuple(std.tolist())
+            "", *shape, 1.0, patch_mean=tuple(norm.running_mean.tolist()), patch_std=tuple(std.tolist())
         )
     return LatentSpace("", *shape, config.scaling_factor, config.get("shift_factor") or 0.0)
 
@@ -511,7 +514,12 @@ def _without_weights(space: LatentSpace) -> LatentSpace:
 
 def _broadcast(factor: Factor, latents: torch.Tensor) -> float | torch.Tensor:
     """One factor as it is, or one for each channel as (C, 1, 1)."""
-    return latents.new_tensor(factor)[:, None, None] if isinstance(factor, tuple) else factor
+    return _by_channel(factor, latents) if isinstance(factor, tuple) else factor
+
+
+def _by_channel(values: tuple[float, ...], latents: torch.Tensor) -> torch.Tensor:
+    """One value for each channel of `latents`, (C, 1, 1)."""
+    return latents.new_tensor(values)[:, None, None]
 
 
 def _check_tensor(latents: torch.Tensor) -> None:

@@ -117,7 +117,7 @@ def load_upsampler(
     if subfolder is not None:
         raise LoadingError(f"{path} must have a file {subfolder}/config.json, got none.")
     with _errors_told(path):  # a checkpoint that the authors published, which has no configuration
-        return UPLiFTModel.from_pretrained(path).to(dtype)
+        return UPLiFTModel.from_pretrained(path, dtype=dtype)
 
 
 def _load_model(
@@ -135,7 +135,8 @@ def _load_model(
         )
     where = {} if subfolder is None else {"subfolder": subfolder}
     with _errors_told(place):
-        model, told = kind.from_pretrained(path, use_safetensors=True, output_loading_info=True, **where)
+        loaded: Any = kind.from_pretrained(path, use_safetensors=True, output_loading_info=True, **where)
+        model, told = loaded
         for keys, fault in (("missing_keys", "lack"), ("unexpected_keys", "have, and the network has not,")):
             if names := sorted(told[keys]):
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -1,8 +1,12 @@
 """The scale of an upscaling: what is allowed, the 2x steps it takes, and the scale that reaches a wanted size."""
 
 import math
+from typing import TYPE_CHECKING
 
 from uplift_diffusers.arguments import read_number, read_whole_number
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_SCALE = 16
 MAX_MEGAPIXELS = 1e6
@@ -26,6 +30,12 @@ def num_steps_for_scale(scale: float) -> int:
         ValueError: out of range or NaN.
     """
     return math.ceil(math.log2(read_scale(scale)))
+
+
+def size_of(picture: "torch.Tensor") -> tuple[int, int]:
+    """Height and width of (..., H, W)."""
+    height, width = picture.shape[-2:]
+    return height, width
 
 
 def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:

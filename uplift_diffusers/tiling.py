@@ -20,6 +20,7 @@ from diffusers.utils.torch_utils import is_compiled_module
 from torch.utils._pytree import tree_map
 
 from uplift_diffusers.arguments import read_whole_number
+from uplift_diffusers.scale import size_of
 
 if TYPE_CHECKING:
     from uplift_diffusers.models.upsampler import Generator, StepNoise, UPLiFTModel
@@ -213,7 +214,7 @@ def iterate_tiles(
     _check_local(model)
     edge = tile_edge(tile_size, model.config.spatial_factor)
     encode = partial(encode, denoise=denoise)
-    tiles = [tile for row in split_into_tiles(tuple(raw_latents.shape[2:]), edge) for tile in row]
+    tiles = [tile for row in split_into_tiles(size_of(raw_latents), edge) for tile in row]
 
     def watched_step(*arguments) -> torch.Tensor:
         result = step(*arguments)

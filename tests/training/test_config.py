@@ -49,6 +49,12 @@ def test_flags_override_the_file_which_overrides_the_defaults(settings_file):
     assert config.train_batch_size == 1
 
 
+def test_settings_without_flags_are_joined_by_the_flags_of_the_process(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_latent.py", "--output_dir", "b"])
+    config = parse_config(UpsamplerTrainingConfig, settings={"train_data_dir": "a", "seed": 3})
+    assert (config.train_data_dir, config.output_dir, config.seed) == ("a", "b", 3)
+
+
 def test_an_unknown_setting_is_named_with_the_nearest_known_one(settings_file, capsys):
     file = settings_file("train_data_dir: a\noutput_dir: b\nlearning_rat: 1.0e-4\n")
     message = error_of(file, capsys)

@@ -4,7 +4,7 @@ import argparse
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from uplift_diffusers.cli.arguments import parse_count
 from uplift_diffusers.cli.console import CommandError, as_flags, say, tell
@@ -100,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
 
     # 3. Compute and save
     try:
-        output = pipeline(
+        output: Any = pipeline(
             open_image(source).image,
             output_size=options.size or "pixels",
             num_steps=options.num_steps,
@@ -156,7 +156,8 @@ def _beside_each_other(output: "UPLiFTFeatureOutput") -> "Image.Image":
     """The picture of the backbone's features, and that of the upsampled ones to the right of it."""
     from PIL import Image
 
-    left, right = output.backbone_features[0], output.features[0]
+    left: Any = output.backbone_features[0]
+    right: Any = output.features[0]
     picture = Image.new("RGB", (left.width + right.width, right.height))
     picture.paste(left, (0, 0))
     picture.paste(right, (left.width, 0))

@@ -77,7 +77,7 @@ def _run(arguments: list[str]) -> int:
                 parser.error(f"an argument must not hold a null character, got {argument!r}")
         options = parser.parse_args(arguments)
     except SystemExit as stop:  # after --help, --version and errors in the arguments
-        return stop.code or 0
+        return int(stop.code or 0)
     try:
         return options.run(options)
     except CommandError as error:
@@ -97,7 +97,7 @@ def _delegate(name: str, arguments: list[str]) -> int:
     try:
         return module.main(arguments)
     except SystemExit as stop:  # of its parser
-        return stop.code or 0
+        return int(stop.code or 0)
 
 
 def _build_parser() -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from uplift_diffusers.cli.arguments import (
     parse_count,
@@ -286,7 +286,7 @@ def _upscale_file(
 
     # 1. Open, and refuse what would be too large or could not be stored
     opened = plan_saving(open_image(task.source), task.target.suffix)
-    size = opened.image.size[::-1]
+    size = (opened.image.height, opened.image.width)
     scale = _scale_of(options, size)
     suffix = task.target.suffix.lower()
     file_format = OUTPUT_FORMATS[suffix]
@@ -301,10 +301,10 @@ def _upscale_file(
     # 2. Enlarge
     generator = torch.Generator().manual_seed(options.seed)  # on the CPU: the same noise on every device
     settings = {"denoise": options.denoise, "consistency": options.consistency}
-    enlarged = pipeline(image=opened.image, scale=scale, generator=generator, **settings).images[0]
+    output: Any = pipeline(image=opened.image, scale=scale, generator=generator, **settings)
 
     # 3. Save
-    _save(enlarged, task.target, metadata=opened.metadata, overwrite=options.overwrite)
+    _save(output.images[0], task.target, metadata=opened.metadata, overwrite=options.overwrite)
     return opened.losses
 
 

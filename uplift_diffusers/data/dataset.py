@@ -1,7 +1,7 @@
 """Training crops of photographs. Order and content depend only on a seed, so a run can be resumed exactly."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -20,6 +20,10 @@ logger = logging.get_logger(__name__)
 
 SHUFFLE_BUFFER = 256
 """Encoded photographs from which the next one of a stream is drawn: about half a megabyte each, in every process."""
+
+
+CropFunction = Callable[[Image.Image, int, int], torch.Tensor]
+"""(image, epoch, index) -> (3, R, R) uint8: what cuts training squares out of photographs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +57,9 @@ class Crop:
     def _centre(self, image: Image.Image) -> Image.Image:
         edge = min(image.size)
         left, top = (image.width - edge) / 2, (image.height - edge) / 2
-        return image.resize((self.resolution,) * 2, Image.BILINEAR, box=(left, top, left + edge, top + edge))
+        return image.resize(
+            (self.resolution, self.resolution), Image.Resampling.BILINEAR, box=(left, top, left + edge, top + edge)
+        )
 
     def _random(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         reduction = rng.uniform(1.0, self.max_reduction) if rng.random() < 0.5 else 1.0
@@ -64,7 +70,7 @@ class Crop:
         top = int(rng.integers(0, image.height - edge + 1))
         square = image.crop((left, top, left + edge, top + edge))
         if edge != self.resolution:
-            square = square.resize((self.resolution,) * 2, Image.BICUBIC)
+            square = square.resize((self.resolution, self.resolution), Image.Resampling.BICUBIC)
         return square
 
 
@@ -75,7 +81,7 @@ class Photographs(Dataset):
     The next readable photograph takes the place of a damaged one, which is logged once.
     """
 
-    def __init__(self, source: Source, crop: Crop):
+    def __init__(self, source: Source, crop: CropFunction):
         self.source = source
         self.crop = crop
         self._told: set[str] = set()
@@ -113,7 +119,7 @@ class StreamedPhotographs(IterableDataset):
         seed: seed of the order.
     """
 
-    def __init__(self, stream: Any, image_column: str, crop: Crop, *, seed: int = 0):
+    def __init__(self, stream: Any, image_column: str, crop: CropFunction, *, seed: int = 0):
         self.stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         self.image_column = image_column
         self.crop = crop
@@ -176,7 +182,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.size, self.seed, self.start, self.rank, self.world_size = size, seed, start, rank, world_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        position, order, order_epoch = self.start + self.rank, None, None
+        position, order, order_epoch = self.start + self.rank, np.empty(0), None
         while True:
             epoch, place = divmod(position, self.size)
             if epoch != order_epoch:

@@ -71,12 +71,14 @@ class LatentCache:
         keys = _keys(images)
         if any(key not in self._waiting and key not in self._entries for key in keys):
             self._open_new_shards()  # another process may have written it
-        latents = [self._find(key) for key in keys]
-        for index, key in enumerate(keys):
-            if latents[index] is None:
-                latents[index] = LatentCodec(self.vae, self.space).encode(images[index : index + 1])[0].cpu()
-                self._waiting[key] = latents[index]
+        found = [self._find(key) for key in keys]
+        latents = []
+        for index, (key, latent) in enumerate(zip(keys, found)):
+            if latent is None:
+                latent = LatentCodec(self.vae, self.space).encode(images[index : index + 1])[0].cpu()
+                self._waiting[key] = latent
                 self.num_encoded += 1
+            latents.append(latent)
         if sum(waiting.nbytes for waiting in self._waiting.values()) >= self.shard_bytes:
             self.flush()
         return torch.stack(latents).to(images.device)

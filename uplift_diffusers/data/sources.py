@@ -22,9 +22,11 @@ class Source(Protocol):
 
     def name(self, index: int) -> str:
         """What a person finds the file by."""
+        ...
 
     def read(self, index: int) -> bytes:
         """The whole file. Raises OSError if it cannot be read."""
+        ...
 
 
 def open_source(
@@ -51,6 +53,7 @@ def open_source(
         return DatasetSource(dataset, dataset_name, image_column)
     if str(train_data_dir).endswith(".tar"):
         return TarSource(str(train_data_dir))
+    assert train_data_dir is not None  # one of the two is given
     return FolderSource(train_data_dir)
 
 
@@ -128,7 +131,9 @@ class TarSource:
                 continue
             if any(part.startswith(".") for part in path.parts):  # hidden, as in a folder
                 continue
-            if problem := _header_problem(f"{shard}/{path}", archive.extractfile(info)):
+            file = archive.extractfile(info)
+            assert file is not None  # as it is only for what is no file
+            if problem := _header_problem(f"{shard}/{path}", file):
                 self.unreadable.append(problem)
             else:
                 self.members.append(_Member(shard, str(path), info.offset_data, info.size))
@@ -184,6 +189,7 @@ def load_dataset(name: str, config_name: str | None = None, *, image_column: str
     """
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise ImportError("`dataset_name` needs `datasets`: pip install 'uplift-diffusers[train]'.") from error
 
@@ -196,10 +202,10 @@ def load_dataset(name: str, config_name: str | None = None, *, image_column: str
     else:
         try:
             splits = datasets.load_dataset(name, config_name, streaming=streaming)
-        except datasets.exceptions.DatasetsError as error:
+        except DatasetsError as error:
             raise ValueError(f"`dataset_name`: {name} cannot be loaded: {' '.join(str(error).split())}") from error
     if "train" not in splits and len(splits) != 1:
-        raise ValueError(f"`dataset_name` must have a split `train`, got {name} with {', '.join(splits)}.")
+        raise ValueError(f"`dataset_name` must have a split `train`, got {name} with {', '.join(map(str, splits))}.")
     dataset = splits["train"] if "train" in splits else next(iter(splits.values()))
 
     features = dataset.features or dataset.info.features
@@ -219,7 +225,8 @@ def record_bytes(record: dict[str, Any]) -> bytes:
         return record["bytes"]
     import fsspec  # of `datasets`; for what is streamed the path may be one on the hub
 
-    with fsspec.open(record["path"], "rb") as file:
+    opened: Any = fsspec.open(record["path"], "rb")
+    with opened as file:
         return file.read()
 
 

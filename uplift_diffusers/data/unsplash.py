@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import IO
 
 import httpx
 from tqdm.auto import tqdm
@@ -332,7 +332,7 @@ def _file_name(photo: Photo) -> str:
     return f"{photo.photo_id}.jpg"
 
 
-def _read_table(file: BinaryIO, name: str) -> Iterable[Photo]:
+def _read_table(file: IO[bytes], name: str) -> Iterable[Photo]:
     with io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
         try:
             reader = csv.DictReader(text, delimiter="\t")

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-Report = Callable[[float, str], None]
+Report = Callable[[float, str], object]
 """(fraction from 0 to 1, sentence): how a job says how far it is."""
 
 Result = TypeVar("Result")
@@ -188,7 +188,7 @@ class JobQueue:
         self._tell_places()
         try:
             await entry.turn
-            return await loop.run_in_executor(self._thread, entry.context.run, self._do, work, entry.job)
+            return await loop.run_in_executor(self._thread, lambda: entry.context.run(self._do, work, entry.job))
         except asyncio.CancelledError:
             entry.job.stop()
             raise
@@ -206,7 +206,7 @@ class JobQueue:
         """Do `work` before the first job, and let whoever needs its outcome find out how it went."""
         self._thread.submit(work)
 
-    def leave(self, visitor: str) -> None:
+    def leave(self, visitor: str | None) -> None:
         """Stop the jobs of a visitor who has gone."""
         for entry in (*self._waiting, self._working):
             if entry is not None and entry.visitor == visitor:

@@ -141,11 +141,11 @@ def _refusal(sentence: str) -> gr.Error:
     return gr.Error(sentence, print_exception=False)
 
 
-def _broken_rule(component: gr.components.Component, value: object) -> str | None:
+def _broken_rule(component: object, value: Any) -> str | None:
     """What a value of `component` has to be, if `value` is not that."""
     if isinstance(component, gr.Slider):
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        fits = is_number and component.minimum <= value <= component.maximum
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = is_number and math.isfinite(value) and component.minimum <= value <= component.maximum
         return None if fits else f"a number from {component.minimum:g} to {component.maximum:g}"
     if isinstance(component, gr.Radio | gr.Dropdown):
         choices = [choice for _, choice in component.choices]

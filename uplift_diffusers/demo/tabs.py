@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import gradio as gr
 
@@ -17,8 +18,8 @@ from uplift_diffusers.demo.weights import Models, Source, in_words
 from uplift_diffusers.runtime import MAX_SEED
 from uplift_diffusers.wording import reason
 
-WORKING = {"concurrency_limit": None}  # they wait in the JobQueue, where visitors take turns
-QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+WORKING: dict[str, Any] = {"concurrency_limit": None}  # they wait in the JobQueue, where visitors take turns
+QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
 @dataclass(frozen=True)
@@ -293,7 +294,7 @@ def compare_tab(jobs: JobQueue, models: Models, limits: Limits, examples: Sequen
         shown_examples.click(lambda index: str(examples[index]), shown_examples, file, **QUIET)
 
 
-def asker(request: gr.Request, limits: Limits) -> dict[str, str | None]:
+def asker(request: gr.Request, limits: Limits) -> dict[str, Any]:
     """Whose job it is, for `JobQueue.run`. Who asks through the API without a session is told by the address."""
     address = request.client.host if request.client else ""
     return {"visitor": request.session_hash or address, "address": None if limits.is_local else address}
@@ -304,7 +305,7 @@ def reporter(progress: gr.Progress) -> Report:
     return lambda fraction, sentence: progress(fraction, desc=sentence)
 
 
-def file_input(label: str, *, file_count: str) -> gr.File:
+def file_input(label: str, *, file_count: Literal["single", "multiple"]) -> gr.File:
     return gr.File(label=label, file_count=file_count, file_types=["image"], type="filepath", height=150)
 
 

@@ -23,7 +23,9 @@ def viewer(*, label: str, placeholder: str) -> gr.HTML:
         label: what is seen, for the API.
         placeholder: what stands there without a picture.
     """
-    html, css, js = ((files(__package__) / f"viewer.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
+    html, css, js = (
+        (files("uplift_diffusers.demo") / f"viewer.{kind}").read_text("utf-8") for kind in ("html", "css", "js")
+    )
     component = gr.HTML(
         label=label,
         html_template=html,

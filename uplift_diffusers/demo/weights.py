@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from uplift_diffusers.demo.jobs import Job
 from uplift_diffusers.embedded import embedded_bundle
@@ -195,11 +195,12 @@ def in_words(size_bytes: int) -> str:
 
 def _missing_of(repository: str, patterns: tuple[str, ...]) -> Missing:
     from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.hf_api import RepoFile
     from huggingface_hub.utils import filter_repo_objects
 
     with _hub_errors_told(repository):
         listed = list(HfApi().list_repo_tree(repository, recursive=True))
-    sizes = {entry.path: entry.size for entry in listed if hasattr(entry, "size")}
+    sizes = {entry.path: entry.size for entry in listed if isinstance(entry, RepoFile)}
     names = filter_repo_objects(sizes, allow_patterns=list(patterns))
     return Missing(
         repository,
@@ -232,7 +233,7 @@ def _reporting_to(arrived: Callable[[int], None]) -> type:
             super().__init__(disable=True)
             self.arrived = initial
 
-        def update(self, n=1):
+        def update(self, n: Any = 1):
             self.arrived += n
             arrived(self.arrived)
 

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from uplift_diffusers.demo.jobs import Job, stoppable
 from uplift_diffusers.images.files import OpenedImage, open_image, plan_saving, save_image
-from uplift_diffusers.scale import check_output_size, num_steps_for_scale
+from uplift_diffusers.scale import check_output_size, num_steps_for_scale, size_of
 from uplift_diffusers.wording import reason
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def compare_methods(
     job.plan({"Interpolating": 0.4, "Enlarging": 0.6})
     opened = _open(job, source, scale=scale, max_pixels=max_pixels)
     color = read_pictures(opened.image)[0].color  # (3, h, w)
-    size = tuple(color.shape[1:])
+    size = size_of(color)
     large = (size[0] * scale, size[1] * scale)
     codec = LatentCodec(pipeline.vae, pipeline.latent_space)
 
@@ -157,7 +157,7 @@ def compare_methods(
     with torch.no_grad(), following(job, "Interpolating", pipeline.vae) as advance:
         padded = pad_to_multiple(color[None].to(pipeline.device), codec.space.spatial_factor)
         raw_latents = interpolate_latents(codec.encode(padded), scale=scale)
-        progress = Progress(advance, codec.count_strips(tuple(raw_latents.shape[2:])))
+        progress = Progress(advance, codec.count_strips(size_of(raw_latents)))
         strips = decode_strips_to_scale(
             raw_latents, codec=codec, size=size, num_steps=num_steps_for_scale(scale), scale=scale, progress=progress
         )
@@ -209,7 +209,7 @@ def create(job: Job, request: Request, *, pipeline: "UPLiFTTextToImagePipeline",
     check_output_size((edge, edge), request.scale, max_pixels=max_pixels)
     num_refining = int(request.steps * request.refinement)
     job.plan({"Denoising": request.steps, "Refining": num_refining * request.scale**2, "Decoding": 2})
-    denoised = None
+    denoised: Any = None
 
     def follow(denoiser, step, timestep, tensors):
         nonlocal denoised
@@ -222,7 +222,7 @@ def create(job: Job, request: Request, *, pipeline: "UPLiFTTextToImagePipeline",
 
     modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     with stoppable(job, *modules), torch.no_grad():
-        output = pipeline(
+        output: Any = pipeline(
             request.prompt,
             negative_prompt=request.negative_prompt or None,
             num_inference_steps=request.steps,
@@ -236,7 +236,8 @@ def create(job: Job, request: Request, *, pipeline: "UPLiFTTextToImagePipeline",
             raise ValueError("the safety checker held the picture back. Try another seed or another prompt.")
         small = codec.decode(codec.space.denormalize(denoised.float()))
     job.advance("Decoding", 1)
-    images = {"small": pipeline.image_processor.postprocess(small * 2 - 1)[0], "large": output.images[0]}
+    shown: Any = pipeline.image_processor.postprocess(small * 2 - 1)
+    images = {"small": shown[0], "large": output.images[0]}
     panes = []
     for label, (name, image) in zip(("Stable Diffusion", "Enlarged"), images.items()):
         path = job.folder / f"seed {request.seed} {name}.png"
@@ -273,7 +274,7 @@ def save_for_browser(image: Image.Image, path: Path) -> None:
 
 def _open(job: Job, source: Path, *, scale: float, max_pixels: int) -> OpenedImage:
     opened = plan_saving(job.aside(open_image, source), ".png")
-    check_output_size(opened.image.size[::-1], scale, max_pixels=max_pixels)
+    check_output_size((opened.image.height, opened.image.width), scale, max_pixels=max_pixels)
     return opened
 
 
@@ -291,7 +292,8 @@ def _enlarge(
 
     generator = torch.Generator().manual_seed(SEED)  # on the CPU: the same noise on every device
     with following(job, "Enlarging", pipeline.vae, pipeline.upsampler) as advance:
-        return pipeline(image=image, scale=scale, generator=generator, callback_on_progress=advance).images[0]
+        output: Any = pipeline(image=image, scale=scale, generator=generator, callback_on_progress=advance)
+        return output.images[0]
 
 
 def _free_path(path: Path) -> Path:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from uplift_diffusers.embedded import embedded_bundle
 
@@ -264,10 +264,11 @@ def _prepare_prompts(
     from uplift_diffusers.evaluation.records import RecordStore
 
     loading = {"dtype": dtype, "trust_remote_code": options.trust_remote_code}
+    assert options.prompts is not None  # whose protocol this is
     prompts = read_prompts(options.prompts, limit=options.limit)
-    for name in ("stable_diffusion", "real_images"):
-        if getattr(options, name) is None:
-            raise ValueError(f"`{name}` must be given with --prompts, got nothing.")
+    if options.stable_diffusion is None or options.real_images is None:
+        name = "stable_diffusion" if options.stable_diffusion is None else "real_images"
+        raise ValueError(f"`{name}` must be given with --prompts, got nothing.")
     protocol = TextToImage(
         prompts,
         pipeline=load_pipeline(options.stable_diffusion, vae=None, **loading).to(device),
@@ -295,15 +296,16 @@ def choose_device(name: str, state: "PartialState") -> "torch.device":
     """
     import torch
 
+    own: Any = state.device
     if name == "auto":
-        return state.device
+        return own
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # "meta" is a device, but nothing can be computed there
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"`device` must be auto, cpu or a device that PyTorch finds here, got {name!r}.") from error
-    if device.index is None and device.type == state.device.type:
-        return state.device
+    if device.index is None and device.type == own.type:
+        return own
     if device.type != "cpu" and state.num_processes > 1:
         raise ValueError(f"`device` must be auto for several processes, which take a device each, got {name!r}.")
     return device

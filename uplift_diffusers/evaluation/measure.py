@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -251,7 +252,8 @@ def _compute_scale(
     return ScaleResults(edge, scores, differences, values, previews, costs)
 
 
-def _set_score(metric: str, real: FeatureStatistics, fake: FeatureStatistics, *, seed: int, paired: bool) -> Estimate:
+def _set_score(metric: str, real: Any, fake: Any, *, seed: int, paired: bool) -> Estimate:
+    """The figure of two `FeatureStatistics` that have what it is made of."""
     if metric == "kid":
         return kernel_distance(real.features, fake.features, seed=seed, paired=paired)
     if metric == "patch_fid":

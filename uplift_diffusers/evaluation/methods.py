@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
@@ -107,6 +108,7 @@ def bicubic(vae: Autoencoder, space: LatentSpace) -> Method:
 
     def upscale(sample: Sample) -> torch.Tensor:
         if sample.latents is None:
+            assert sample.image is not None
             return resize(to_tensor(sample.image), sample.size)
         return resize(_decode(sample.latents, vae, space), sample.size)
 
@@ -118,6 +120,7 @@ def bilinear(vae: Autoencoder, space: LatentSpace) -> Method:
 
     def upscale(sample: Sample) -> torch.Tensor:
         if sample.latents is None:
+            assert sample.image is not None
             raw_latents = LatentCodec(vae, space).encode(to_tensor(sample.image).to(vae.device))
         else:
             raw_latents = space.denormalize(sample.latents.to(vae.device))
@@ -130,6 +133,7 @@ def vae_round_trip(vae: Autoencoder, space: LatentSpace) -> Method:
     """The photograph itself, encoded and decoded: the ceiling of everything that goes through the VAE."""
 
     def upscale(sample: Sample) -> torch.Tensor:
+        assert sample.truth is not None
         return LatentCodec(vae, space).decode(LatentCodec(vae, space).encode(sample.truth.to(vae.device)))
 
     return Method("vae", upscale, _settings("encoded and decoded", space), {"vae": vae})
@@ -166,6 +170,7 @@ def pipeline_method(
                 f"{', '.join(accepted)}."
             )
     pipeline.set_progress_bar_config(disable=True)  # the evaluation has one of its own
+    enlarge: Any = pipeline  # what all pipelines have in common is not callable
 
     def upscale(sample: Sample) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed_of(seed, sample.name))
@@ -176,9 +181,10 @@ def pipeline_method(
         elif takes_latents:
             arguments["latents"] = sample.latents
         else:
+            assert vae_of_latents is not None
             image = _decode(sample.latents, vae_of_latents, LatentSpace.of(vae_of_latents))
             arguments["image"] = to_pil_image(to_bytes(image)[0])
-        return to_tensor(pipeline(**arguments).images[0])
+        return to_tensor(enlarge(**arguments).images[0])
 
     components = {"pipeline": pipeline, **pipeline.components}
     if not takes_latents and vae_of_latents is not None and vae_of_latents is not components.get("vae"):

@@ -9,6 +9,7 @@ import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -301,14 +302,13 @@ class TextToImage:
     def prepare(self, *, rank: int, world_size: int) -> None:
         """Make the latents of this process's share of the prompts, as far as they are not there."""
         self.pipeline.set_progress_bar_config(disable=True)
+        denoise: Any = self.pipeline  # what all pipelines have in common is not callable
         share = [item for item in self.items[rank::world_size] if not self.store.holds(_latents_entry(item))]
         for item in tqdm(share, unit="prompt", desc="Stable Diffusion", disable=None if rank == 0 else True):
             index = int(item.name)
             generator = torch.Generator().manual_seed(self.seed + index)
-            latents = self.pipeline(
-                self.prompts[index], generator=generator, output_type="latent", **self.denoising
-            ).images
-            self.store.write(_latents_entry(item), {"latents": latents.float()})
+            output = denoise(self.prompts[index], generator=generator, output_type="latent", **self.denoising)
+            self.store.write(_latents_entry(item), {"latents": output.images.float()})
 
     def outline(self) -> list[Sample]:
         """All samples, without their latents."""
@@ -331,6 +331,7 @@ class TextToImage:
 
     def real_pixels(self, item: Item) -> torch.Tensor:
         """(1, 3, H, H) uint8, the centre square of a photograph at its own resolution."""
+        assert self.photographs is not None  # `item` is one of them
         return to_bytes(to_tensor(centre_square(self.photographs.read(item))))
 
     def previews(self, rows: list[int]) -> None:

@@ -151,7 +151,7 @@ def _checksum(entry: Entry, record: Record) -> str:
 def _add_tensors(total: "hashlib._Hash", tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _json(value: object) -> str:

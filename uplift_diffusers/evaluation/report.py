@@ -252,7 +252,7 @@ def _cell(estimate: Estimate | None, layout: str) -> str:
     if estimate is None:
         return "–"
     text = _number(estimate.value, layout)
-    if estimate.low is None or math.isinf(estimate.value):
+    if estimate.low is None or estimate.high is None or math.isinf(estimate.value):
         return text
     return f"{text} [{_number(estimate.low, layout)}, {_number(estimate.high, layout)}]"
 
@@ -292,7 +292,7 @@ def _bars(axes: Axes, found: ScaleResults, metric: str) -> None:
     estimates = [scores[metric] for scores in found.scores.values()]
     for position, estimate in enumerate(estimates):
         axes.bar(position, estimate.value, color=f"C{position}", width=0.7)
-        if estimate.low is not None:
+        if estimate.low is not None and estimate.high is not None:
             axes.vlines(position, estimate.low, estimate.high, color="black")
     axes.set_xticks(range(len(estimates)), found.scores, rotation=30, ha="right")
     axes.set_ylabel(heading(metric, estimates[0]))

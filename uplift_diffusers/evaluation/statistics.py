@@ -4,6 +4,7 @@ import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ KID_SUBSET_SIZE = 1000
 FEW_SAMPLES = 2048
 """Below it the covariance of 2048 features has no full rank, and FID is far from its limit."""
 
-_IN_ONE_PROCESS = {"sync_on_compute": False}
+_IN_ONE_PROCESS: dict[str, Any] = {"sync_on_compute": False}
 """One process computes the figures, from the records of all: torchmetrics must not wait for the others."""
 
 
@@ -196,7 +197,9 @@ def kernel_distance(real: torch.Tensor, fake: torch.Tensor, *, seed: int, paired
 
 
 def _frechet_metric(num_features: int) -> FrechetInceptionDistance:
-    return FrechetInceptionDistance(_Given(num_features), **_IN_ONE_PROCESS).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(_Given(num_features), **_IN_ONE_PROCESS)
+    metric.set_dtype(torch.float64)
+    return metric
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:

@@ -4,7 +4,7 @@ import re
 import struct
 import zlib
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import IO
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_SIGNATURE = b"\xff\xd8\xff"
@@ -61,7 +61,7 @@ def png_chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-def split_png(file: BinaryIO, *, header_only: bool = False) -> PngParts:
+def split_png(file: IO[bytes], *, header_only: bool = False) -> PngParts:
     """
     Take a PNG file apart.
 
@@ -107,7 +107,7 @@ def split_png(file: BinaryIO, *, header_only: bool = False) -> PngParts:
     return PngParts(b"".join(pixels), depth, color_type, chunks, damaged)
 
 
-def split_jpeg(file: BinaryIO, *, header_only: bool = False) -> JpegParts:
+def split_jpeg(file: IO[bytes], *, header_only: bool = False) -> JpegParts:
     """
     Take a JPEG file apart; one that is not built as it should be is left to the decoder.
 
@@ -139,7 +139,7 @@ def split_jpeg(file: BinaryIO, *, header_only: bool = False) -> JpegParts:
     return JpegParts(b"".join([*pixels, rest[:end]]), segments, is_whole, rest[end:])
 
 
-def _next_marker(file: BinaryIO) -> int | None:
+def _next_marker(file: IO[bytes]) -> int | None:
     byte = file.read(1)
     skipped = 0
     while byte and byte != b"\xff":  # decoders pass over some bytes between segments

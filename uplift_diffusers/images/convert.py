@@ -66,7 +66,7 @@ def assemble_pil(
         size: height and width.
         alpha, mode: as those of the picture.
     """
-    image = Image.new(mode, size[::-1])
+    image = Image.new(mode, (size[1], size[0]))
     top = 0
     for strip in strips:
         for rows in strip.split(256, dim=1):
@@ -289,7 +289,7 @@ def _color_key(image: Image.Image, rawmode: object) -> int | tuple[int, ...] | N
     if image.mode == "1" and isinstance(key, int):
         return 255 if key else 0
     if image.mode == "L" and isinstance(key, int) and image.format == "PNG":
-        key *= {"L;2": 85, "L;4": 17}.get(rawmode, 1)
+        key *= {"L;2": 85, "L;4": 17}.get(str(rawmode), 1)
     if image.mode in ("L", "I", "I;16", "I;16B") and isinstance(key, int):
         return key
     return tuple(key) if image.mode == "RGB" and isinstance(key, tuple) and len(key) == 3 else None

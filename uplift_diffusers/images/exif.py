@@ -61,14 +61,14 @@ class Exif:
     def orientation(self) -> int:
         """1 to 8, 1 where nothing or something else is said."""
         value = self.number(self.main.get(ORIENTATION))
-        return int(value) if value in range(1, 9) else 1
+        return int(value) if value is not None and value in range(1, 9) else 1
 
     @property
     def dpi(self) -> tuple[float, float] | None:
         """Dots per inch, horizontally and vertically, where they are said."""
         x, y = self.number(self.main.get(X_RESOLUTION)), self.number(self.main.get(Y_RESOLUTION))
         unit = self.number(self.main.get(RESOLUTION_UNIT)) or 2
-        factor = {2: 1, 3: 2.54}.get(unit)
+        factor = {2.0: 1.0, 3.0: 2.54}.get(unit)
         return (x * factor, y * factor) if x and y and factor else None
 
     def number(self, entry: Entry | None) -> float | None:

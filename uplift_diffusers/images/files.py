@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from uplift_diffusers.images.containers import (
     JPEG_SIGNATURE,
@@ -161,7 +161,7 @@ def find_image_files(folder: str | Path, *, leave_out: Path | None = None) -> Fo
     return FoundFiles(tuple(sorted(files)), dict(sorted(left_out.items())), tuple(sorted(problems)))
 
 
-def open_image(source: str | Path | BinaryIO) -> OpenedImage:
+def open_image(source: str | Path | IO[bytes]) -> OpenedImage:
     """
     Read an image file, all of it, so that a damaged one is found out here.
 
@@ -188,7 +188,7 @@ def open_image(source: str | Path | BinaryIO) -> OpenedImage:
             return _opened(file, metadata, orientation, losses)
 
 
-def check_image_header(source: str | Path | BinaryIO) -> None:
+def check_image_header(source: str | Path | IO[bytes]) -> None:
     """Raise as `open_image` does, from the beginning of the file alone: what is damaged further on passes."""
     with _explaining_damage(), _stream(source) as stream:
         head = stream.read(4096)
@@ -244,7 +244,8 @@ def save_image(
     )
     options = {**_SAVE_OPTIONS.get(file_format, {}), **save_options(metadata, file_format)}
     with replaced_when_whole(path, overwrite=overwrite) as file:
-        image.save(_PythonFile(file), format=file_format, **options)
+        target: Any = _PythonFile(file)
+        image.save(target, format=file_format, **options)
         if file_format == "TIFF":
             _append_to_tiff(file, metadata)
 
@@ -252,7 +253,7 @@ def save_image(
 class _PythonFile:
     """A file that Pillow's encoders do not write to past Python, where they lose the system's error (disk full)."""
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: IO[bytes]):
         self.write, self.read, self.seek, self.tell, self.flush = (
             file.write,
             file.read,
@@ -288,7 +289,7 @@ def _fit_format(image: Image.Image, file_format: str) -> Image.Image:
     return image
 
 
-def _append_to_tiff(file: BinaryIO, metadata: Metadata) -> None:
+def _append_to_tiff(file: IO[bytes], metadata: Metadata) -> None:
     length = file.seek(0, os.SEEK_END)
     length += file.write(b"\0" * (length % 2))
 
@@ -334,7 +335,7 @@ class _Refusal(Exception):  # noqa: N818
 
 
 @contextmanager
-def _stream(source: str | Path | BinaryIO) -> Iterator[BinaryIO]:
+def _stream(source: str | Path | IO[bytes]) -> Iterator[IO[bytes]]:
     if not isinstance(source, str | os.PathLike):
         source.seek(0)
         yield source
@@ -349,13 +350,15 @@ def _stream(source: str | Path | BinaryIO) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _pillow_open(stream: BinaryIO, head: bytes, formats: tuple[str, ...] = INPUT_FORMATS) -> Iterator[Image.Image]:
+def _pillow_open(
+    stream: IO[bytes], head: bytes, formats: tuple[str, ...] = INPUT_FORMATS
+) -> Iterator[ImageFile.ImageFile]:
     """The image in a stream, its pixels not read yet, of a size within the limit."""
     stream.seek(0)
     try:
         file = _heif(stream) if _is_heif(head) else Image.open(stream, formats=formats)
     except UnidentifiedImageError:
-        if len(formats) > 1:
+        if len(formats) != 1:
             raise
         raise _Refusal(f"a {formats[0]} file that is damaged, or of a kind that is not read.") from None
     with file:
@@ -372,9 +375,9 @@ def _is_heif(head: bytes) -> bool:
     )
 
 
-def _heif(stream: BinaryIO) -> Image.Image:
+def _heif(stream: IO[bytes]) -> ImageFile.ImageFile:
     try:
-        from pillow_heif import HeifImageFile
+        from pillow_heif import HeifImageFile  # pyright: ignore[reportMissingImports] - nothing installs it
     except ImportError:
         raise _Refusal("HEIC pictures need pillow-heif: pip install pillow-heif.") from None
     return HeifImageFile(stream)
@@ -433,7 +436,7 @@ def _keyed_deep_rgb(pixels: bytes, key: tuple[int, int, int]) -> Image.Image:
     return image
 
 
-def _read_jpeg(parts: JpegParts, stream: BinaryIO) -> OpenedImage:
+def _read_jpeg(parts: JpegParts, stream: IO[bytes]) -> OpenedImage:
     if parts.pixels is None:
         source = stream
     else:
@@ -442,7 +445,8 @@ def _read_jpeg(parts: JpegParts, stream: BinaryIO) -> OpenedImage:
         file.load()
         metadata, orientation, losses = read_jpeg_metadata(parts, file.info)
         opened = _opened(file, metadata, orientation, losses)
-        opened.image.quantization = file.quantization  # what `jpeg_quality` reads, as off a file that Pillow opened
+        image: Any = opened.image
+        image.quantization = getattr(file, "quantization", None)  # what `jpeg_quality` reads off a file
         return opened
 
 
@@ -468,10 +472,10 @@ def _decoded_rows(pixels: bytes) -> np.ndarray:
         except OSError:
             file.tile = []  # the rows that are there stay
         array = np.asarray(file)
-    return array.reshape(len(array), -1).any(axis=1)
+    return np.asarray(array.reshape(len(array), -1).any(axis=1))
 
 
-def _read_tiff(stream: BinaryIO) -> OpenedImage:
+def _read_tiff(stream: IO[bytes]) -> OpenedImage:
     first, second = _tiff_directories(stream)
     _check_tiff_samples(first)
     bits, photometric = _numbers(first, _BITS, 1), _numbers(first, _PHOTOMETRIC, 1)[0]
@@ -496,7 +500,7 @@ def _read_tiff(stream: BinaryIO) -> OpenedImage:
         return _opened(image, metadata, orientation, losses)
 
 
-def _read_deep_grey_with_alpha(stream: BinaryIO, first: Exif, second: Exif | None) -> OpenedImage:
+def _read_deep_grey_with_alpha(stream: IO[bytes], first: Exif, second: Exif | None) -> OpenedImage:
     """A TIFF of 16-bit grey and a second channel, which Pillow does not know: taken for four channels of 8 bits."""
     stream.seek(0)
     data = stream.read()
@@ -530,7 +534,7 @@ def _read_deep_grey_with_alpha(stream: BinaryIO, first: Exif, second: Exif | Non
     return _opened(Image.merge("LA", channels), metadata, orientation, (*losses, DEEP_GREY_WITH_ALPHA))
 
 
-def _tiff_directories(stream: BinaryIO) -> tuple[Exif, Exif | None]:
+def _tiff_directories(stream: IO[bytes]) -> tuple[Exif, Exif | None]:
     length = stream.seek(0, os.SEEK_END)
 
     def read_at(offset: int, size: int) -> bytes:

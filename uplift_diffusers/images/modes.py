@@ -95,7 +95,9 @@ def _cmyk_to_rgb(image: Image.Image, icc_profile: bytes | None) -> tuple[Image.I
             from PIL import ImageCms
 
             profile, srgb = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile)), ImageCms.createProfile("sRGB")
-            return ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB"), ()
+            converted = ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
+            assert converted is not None  # as it is only where a picture is converted in place
+            return converted, ()
         except Exception:  # no colour management in this Pillow, or a profile that it cannot use, in many ways
             why = "whose colour profile cannot be used"
     else:

@@ -1,6 +1,7 @@
 """A small, strictly local autoencoder: a linear block code plus convolutional residuals on both sides."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -9,6 +10,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from uplift_diffusers.models.blocks import start_at_zero, total_reach
+from uplift_diffusers.scale import size_of
 from uplift_diffusers.tiling import Window, run_on_tile, split_into_tiles, tile_edge
 
 TILE_SIZE = 768
@@ -41,14 +44,13 @@ class ConvolutionalEncoder(nn.Module):
         self.downsample = nn.Conv2d(fine, coarse, 3, stride=2, padding=1)
         self.coarse = nn.Sequential(*(ResidualBlock(coarse) for _ in range(layers_per_block[1])))
         self.conv_out = nn.Conv2d(coarse, latent_channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        start_at_zero(self.conv_out)
 
     @property
     def reach(self) -> int:
         """Latents to each side whose pixels an output depends on."""
-        fine = 1 + sum(block.reach for block in self.fine)
-        coarse = 1 + sum(block.reach for block in self.coarse)
+        fine = 1 + total_reach(self.fine)
+        coarse = 1 + total_reach(self.coarse)
         # The strided convolution reads one position more. Two positions are a latent.
         return coarse + -(-(fine + 1) // 2)
 
@@ -72,14 +74,13 @@ class ConvolutionalDecoder(nn.Module):
         self.fine = nn.Sequential(*(ResidualBlock(fine) for _ in range(layers_per_block[0])))
         self.conv_out = nn.Conv2d(fine, 3 * 4**2, 3, padding=1)
         self.shuffle = nn.PixelShuffle(4)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        start_at_zero(self.conv_out)
 
     @property
     def reach(self) -> int:
         """Latents to each side on which an output depends."""
-        fine = 1 + sum(block.reach for block in self.fine)  # two positions are a latent
-        return 1 + sum(block.reach for block in self.coarse) + -(-fine // 2)
+        fine = 1 + total_reach(self.fine)  # two positions are a latent
+        return 1 + total_reach(self.coarse) + -(-fine // 2)
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         hidden = latents.contiguous(memory_format=torch.channels_last)
@@ -106,6 +107,8 @@ class AutoencoderLocal(ModelMixin, AutoencoderMixin, ConfigMixin):
         scaling_factor (`float`): multiplies raw latents to give latents of unit standard deviation.
         latent_space (`str`): the name under which upsamplers ask for these latents.
     """
+
+    config: Any  # diffusers' FrozenDict: its entries are attributes, too
 
     spatial_factor = 8
     _no_split_modules = ["ResidualBlock"]  # noqa: RUF012 - lists, as diffusers has them
@@ -181,7 +184,7 @@ class AutoencoderLocal(ModelMixin, AutoencoderMixin, ConfigMixin):
     def decode(self, latents: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
         """Decode raw latents (B, C, h, w) to (B, 3, 8h, 8w), about [-1, 1], not clamped."""
         self.check_latents(latents)
-        if self._is_tiled(tuple(latents.shape[2:])):
+        if self._is_tiled(size_of(latents)):
             height, width = (length * self.spatial_factor for length in latents.shape[2:])
             sample, top = latents.new_empty(len(latents), 3, height, width), 0
             for strip in self._decode_strips(latents):
@@ -211,7 +214,7 @@ class AutoencoderLocal(ModelMixin, AutoencoderMixin, ConfigMixin):
         return self._decode_strips(latents)
 
     def _decode_strips(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
-        size = tuple(latents.shape[2:])
+        size = size_of(latents)
         for row in self._tiles(size):
             height = (row[0].rows.stop - row[0].rows.start) * self.spatial_factor
             strip, left = latents.new_empty(len(latents), 3, height, size[1] * self.spatial_factor), 0
@@ -254,7 +257,7 @@ class AutoencoderLocal(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def forward(self, sample: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
         """Encode and decode: (B, 3, H, W) in [-1, 1] to its reconstruction."""
-        return self.decode(self.encode(sample).latent, return_dict=return_dict)
+        return self.decode(self.encode(sample, return_dict=False)[0], return_dict=return_dict)
 
     @torch.no_grad()
     def fit_linear_code(self, blocks: torch.Tensor) -> None:
@@ -280,7 +283,7 @@ class AutoencoderLocal(ModelMixin, AutoencoderMixin, ConfigMixin):
         components = eigenvectors.flip(1)[:, :channels].T  # (C, 192)
         scale = eigenvalues**0.25 * eigenvalues.sqrt().mean().sqrt()  # (C,)
         components = components.reshape(channels, 3, factor, factor)
+        assert self.linear_encoder.bias is not None
         self.linear_encoder.weight.copy_(components / scale[:, None, None, None])
         self.linear_encoder.bias.copy_(-(self.linear_encoder.weight.double() * mean[:, None, None]).sum(dim=(1, 2, 3)))
-        self.linear_decoder.weight.copy_(components * scale[:, None, None, None])
-        self.linear_decoder.bias.copy_(mean)
+        self.linear_decoder.load_state_dict({"weight": components * scale[:, None, None, None], "bias": mean})

@@ -1,5 +1,8 @@
 """Convolution and norm blocks of UPLiFT."""
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -27,6 +30,17 @@ class ChannelBias(nn.Module):
 
 
 NORMS = {"layer_norm": ChannelLayerNorm, "batch_norm": nn.BatchNorm2d, "bias": ChannelBias}
+
+
+def start_at_zero(layer: nn.Module) -> None:
+    """Set every parameter of a new layer to zero: its output is zero until it has learnt."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
+def total_reach(blocks: Iterable[Any]) -> int:
+    """Positions to each side on which the output of `blocks`, run one after the other, depends."""
+    return sum(block.reach for block in blocks)
 
 
 def add_shared_channels(hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -80,6 +94,8 @@ class ConvBlock(nn.Module):
 class ConvGroup(nn.Module):
     """`num_layers` blocks in a row, the first of which sets the width."""
 
+    _gradient_checkpointing_func: Callable[..., torch.Tensor]
+
     def __init__(self, in_channels: int, out_channels: int, *, num_layers: int, num_convs: int, norm_type: str):
         super().__init__()
         self.layers = nn.ModuleList(
@@ -91,7 +107,7 @@ class ConvGroup(nn.Module):
     @property
     def reach(self) -> int:
         """Positions to each side on which an output depends."""
-        return sum(layer.reach for layer in self.layers)
+        return total_reach(self.layers)
 
     def forward(self, hidden: torch.Tensor, stride: int = 1) -> torch.Tensor:
         """(B, in, H, W) -> (B, out, ceil(H/stride), ceil(W/stride)): every `stride`-th position of the full output."""

@@ -80,7 +80,7 @@ def config_from_filename(path: str | os.PathLike) -> str:
     )
 
 
-def load_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
+def load_safetensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
     Read a safetensors file.
 

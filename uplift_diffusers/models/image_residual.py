@@ -1,8 +1,12 @@
 """What the image says, linearly, of the latents of an image two, four or eight times as large."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from uplift_diffusers.scale import size_of
 
 
 class ImageResidual(nn.Module):
@@ -49,7 +53,8 @@ class ImageResidual(nn.Module):
         """The convolution for outputs of `size`, and what it reads."""
         if size[0] > pixels.shape[2]:
             pixels = F.interpolate(pixels, size=size, mode="bilinear")
-        return pixels, self.convs[f"{pixels.shape[2] // size[0]}px"]
+        conv: Any = self.convs[f"{pixels.shape[2] // size[0]}px"]
+        return pixels, conv
 
     @torch.no_grad()
     def fit(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -59,9 +64,9 @@ class ImageResidual(nn.Module):
         Args:
             pairs: (pixels, latents): (B, pixel_channels, H, W), and (B, C, h, w) of that image at the step's size.
         """
-        rows = cross = 0
+        rows = cross = torch.zeros(())
         for pixels, latents in pairs:
-            pixels, conv = self._reading(pixels, tuple(latents.shape[2:]))
+            pixels, conv = self._reading(pixels, size_of(latents))
             padded = F.pad(pixels, (self.margin_px,) * 4, mode="replicate")
             # In double precision, which not every accelerator has.
             features = F.unfold(padded.cpu().double(), conv.kernel_size, stride=conv.stride)
@@ -71,5 +76,4 @@ class ImageResidual(nn.Module):
         # A trace of ridge: in flat pictures neighbouring pixels say the same.
         ridge = 1e-5 * rows.diagonal().mean() * torch.eye(len(rows), dtype=rows.dtype)
         solution = torch.linalg.solve(rows + ridge, cross).float()  # (patch + 1, C)
-        conv.weight.copy_(solution[:-1].T.reshape(conv.weight.shape))
-        conv.bias.copy_(solution[-1])
+        conv.load_state_dict({"weight": solution[:-1].T.reshape(conv.weight.shape), "bias": solution[-1]})

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from uplift_diffusers.models.blocks import ChannelLayerNorm, add_shared_channels
+from uplift_diffusers.models.blocks import ChannelLayerNorm, add_shared_channels, start_at_zero
 
 _NEIGHBORHOOD_RULES = {
     5: lambda dy, dx: abs(dy) + abs(dx) <= 1,
@@ -95,8 +95,7 @@ class LocalAttender(nn.Module):
         self.norm = None if residual else ChannelLayerNorm(guide_channels)
         self.conv = nn.Conv2d(guide_channels, neighborhood, 1)
         if not residual:
-            nn.init.zeros_(self.conv.weight)
-            nn.init.zeros_(self.conv.bias)
+            start_at_zero(self.conv)
 
     @property
     def reach(self) -> int:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,14 @@ from huggingface_hub import hf_hub_download
 from torch import nn
 
 from uplift_diffusers.arguments import read_whole_number
-from uplift_diffusers.models.blocks import NORMS, ConvGroup, interpolate_2x, resample_nearest
+from uplift_diffusers.models.blocks import (
+    NORMS,
+    ConvGroup,
+    interpolate_2x,
+    resample_nearest,
+    start_at_zero,
+    total_reach,
+)
 from uplift_diffusers.models.conversion import (
     CONFIGS,
     PUBLISHED,
@@ -26,6 +33,7 @@ from uplift_diffusers.models.conversion import (
 )
 from uplift_diffusers.models.image_residual import ImageResidual
 from uplift_diffusers.models.local_attention import NEIGHBORHOODS, LocalAttender
+from uplift_diffusers.scale import size_of
 
 Generator = torch.Generator | list[torch.Generator] | None
 
@@ -131,7 +139,7 @@ class UPLiFTEncoder(nn.Module):
     @property
     def reach_px(self) -> int:
         """Pixels to each side of its patch on which an output depends."""
-        return self.patch_size * sum(block.reach for block in self.blocks)
+        return self.patch_size * total_reach(self.blocks)
 
     def forward(self, image: torch.Tensor, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, C, H, W) -> the map before the last and the last one, every `stride`-th position of each."""
@@ -211,8 +219,7 @@ class UPLiFTRefiner(nn.Module):
         )
         self.conv_out = nn.Conv2d(channels, latent_channels, 1)
         if estimate_channels:
-            nn.init.zeros_(self.conv_out.weight)
-            nn.init.zeros_(self.conv_out.bias)
+            start_at_zero(self.conv_out)
 
     def forward(
         self, latents: torch.Tensor, guide: torch.Tensor, noise: torch.Tensor, estimate: torch.Tensor | None
@@ -267,6 +274,8 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
     Source: Walmer et al. 2026, section 3; LiFT: Suri et al. 2024.
     """
 
+    config: Any  # diffusers' FrozenDict: its entries are attributes, too
+
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ConvGroup"]  # noqa: RUF012 - lists, as diffusers has them
     _repeated_blocks = ["ConvBlock"]  # noqa: RUF012
@@ -303,7 +312,7 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         _check_config(**{name: value for name, value in locals().items() if name not in ("self", "__class__")})
 
         settings = {"num_convs": decoder_convs_per_block, "norm_type": norm_type}
-        guide_channels = encoder_block_out_channels[-2:]
+        fine_guide, coarse_guide = encoder_block_out_channels[-2:]
         image_channels = 3 + denoise_channel
         self.stem = (
             ConvGroup(
@@ -328,22 +337,21 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         self.decoder = UPLiFTDecoder(
             latent_channels,
             decoder_channels,
-            guide_channels,
+            (fine_guide, coarse_guide),
             num_layers=decoder_layers,
             noise_channels=noise_channels,
             **settings,
         )
-        self.attender = (
-            LocalAttender(decoder_channels, neighborhood, residual=attender_residual)
-            if neighborhood is not None
-            else None
-        )
-        self.proj_out = nn.Conv2d(decoder_channels, latent_channels, 1) if neighborhood is None else None
+        self.attender = None
+        if neighborhood is None:
+            self.proj_out = nn.Conv2d(decoder_channels, latent_channels, 1)
+        else:
+            self.attender = LocalAttender(decoder_channels, neighborhood, residual=attender_residual)
         self.refiner = (
             UPLiFTRefiner(
                 latent_channels,
                 refiner_channels,
-                guide_channels[1],
+                coarse_guide,
                 num_layers=refiner_layers,
                 noise_channels=noise_channels,
                 residual=refiner_residual,
@@ -419,11 +427,12 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
             raise ValueError(f"`variant` must be left out, got {variant!r}. Name the network by `config={variant!r}`.")
         if config is None:
             config = config_from_filename(path)
+        arguments: Any = config  # diffusers types both of the following as the tuples that other options give
         if not isinstance(config, dict):
-            config = CONFIGS[config] if config in CONFIGS else cls.load_config(config)
+            arguments = CONFIGS[config] if config in CONFIGS else cls.load_config(config)
         state_dict = convert_state_dict(load_safetensors(path))
         with torch.device("meta"):
-            model = cls.from_config(config)
+            model: Any = cls.from_config(arguments)
         check_state_dict(state_dict, model.state_dict())
         for name, tensor in state_dict.items():
             if tensor.is_floating_point():
@@ -474,7 +483,7 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         for index, step_noise in enumerate(noise):
             if maps is None or self.config.reencode_image:
                 maps = self.encode(image.to(raw_latents), step=index, num_steps=num_steps, denoise=denoise)
-            latents = self.step(latents, self.guide(maps, tuple(latents.shape[2:])), step_noise)
+            latents = self.step(latents, self.guide(maps, size_of(latents)), step_noise)
             steps.append(latents)
         sample = latents.contiguous()
         steps = [*steps[:-1], sample] if return_steps else None
@@ -514,7 +523,8 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         if self.stem is not None:
             hidden = self.stem(hidden.contiguous(memory_format=torch.channels_last))
             pixels.append(hidden)
-        return GuideMaps(*self.encoder(hidden, stride), _concatenate(*pixels) if self.estimator is not None else None)
+        before_last, last = self.encoder(hidden, stride)
+        return GuideMaps(before_last, last, _concatenate(*pixels) if self.estimator is not None else None)
 
     def guide(self, maps: GuideMaps, size: tuple[int, int]) -> StepGuide:
         """The guide of the step whose input is `size` (h, w) positions, by nearest neighbour."""

@@ -1,5 +1,8 @@
 """CFMLatentUpscalePipeline: the flow-matching upscaler that UPLiFT is compared with."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from diffusers import (
     DiffusionPipeline,
@@ -23,7 +26,7 @@ from uplift_diffusers.cfm import (
 from uplift_diffusers.images.convert import ImageInput, pad_to_multiple, read_batch
 from uplift_diffusers.latent_space import Autoencoder, LatentCodec, LatentSpace
 from uplift_diffusers.pipelines.upscale_stage import OUTPUT_TYPES, check_generator
-from uplift_diffusers.scale import read_scale, scaled_size
+from uplift_diffusers.scale import read_scale, scaled_size, size_of
 
 
 class CFMLatentUpscalePipeline(DiffusionPipeline):
@@ -59,6 +62,9 @@ class CFMLatentUpscalePipeline(DiffusionPipeline):
         >>> pipe(image=Image.open("photo.jpg"), scale=2, num_inference_steps=20).images[0].save("larger.png")
         ```
     """
+
+    config: Any  # diffusers' FrozenDict: its entries are attributes, too
+    progress_bar: Callable[..., Any]  # a decorator of diffusers hides what it takes
 
     model_cpu_offload_seq = "vae->unet"
 
@@ -121,6 +127,7 @@ class CFMLatentUpscalePipeline(DiffusionPipeline):
 
         # 2. Enlarge in pixels and encode: the context
         if small is None:
+            assert latents is not None
             small = codec.decode(space.denormalize(latents.to(device, torch.float32)))
         enlarged = enlarge(small.to(device), size)  # (B, 3, H, W)
         enlarged = pad_to_multiple(enlarged, space.spatial_factor * latent_multiple(self.unet))
@@ -144,7 +151,7 @@ class CFMLatentUpscalePipeline(DiffusionPipeline):
         # 4. Decode
         if output_type == "latent":
             height, width = (length // space.spatial_factor for length in size)
-            images = sample[..., :height, :width].to(dtype)
+            images: Any = sample[..., :height, :width].to(dtype)
         else:
             images = codec.decode(space.denormalize(sample))[..., : size[0], : size[1]]
             images = self.image_processor.postprocess(images, output_type=output_type)
@@ -166,15 +173,15 @@ class CFMLatentUpscalePipeline(DiffusionPipeline):
         read_whole_number("num_inference_steps", num_inference_steps)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
-        if (image is None) == (latents is None):
+        if image is not None and latents is None:
+            size, count = size_of(image), len(image)
+        elif latents is not None and image is None:
+            space.check_latents(latents)
+            size, count = scaled_size(size_of(latents), space.spatial_factor), len(latents)
+        else:
             given = "neither" if image is None else "both"
             raise ValueError(f"Either `image` or `latents` must be given, got {given}.")
-        if latents is None:
-            size = tuple(image.shape[2:])
-        else:
-            space.check_latents(latents)
-            size = tuple(length * space.spatial_factor for length in latents.shape[2:])
-        check_generator(generator, len(latents if image is None else image))
+        check_generator(generator, count)
         size = scaled_size(size, scale)
         if output_type == "latent" and any(length % space.spatial_factor for length in size):
             raise ValueError(

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from uplift_diffusers.arguments import read_number, read_whole_number
+from uplift_diffusers.scale import size_of
 
 
 def count_images(
@@ -36,10 +38,10 @@ def resolve_size(
     Raises:
         TypeError, ValueError: a size that is no positive multiple of `spatial_factor`.
     """
-    sample_size = unet.config.sample_size
+    sample_size = unet.config["sample_size"]
     positions = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
     if isinstance(latents, torch.Tensor) and latents.ndim == 4:
-        positions = tuple(latents.shape[2:])
+        positions = size_of(latents)
     size = []
     for name, value, default in (("height", height, positions[0]), ("width", width, positions[1])):
         value = default * spatial_factor if value is None else value
@@ -74,7 +76,7 @@ def check_tensors(
     Raises:
         TypeError, ValueError: `latents` are not (count, channels, h, w), embeds not (prompts, tokens, features).
     """
-    channels = unet.config.in_channels
+    channels = unet.config["in_channels"]
     height, width = size[0] // spatial_factor, size[1] // spatial_factor
     _check_shape(
         "latents",
@@ -82,9 +84,9 @@ def check_tensors(
         (count, channels, height, width),
         reason=f"for {count} images of {size[0]} x {size[1]} (height x width) pixels",
     )
-    features = unet.config.cross_attention_dim
-    if unet.config.encoder_hid_dim_type == "text_proj":
-        features = unet.config.encoder_hid_dim
+    features = unet.config["cross_attention_dim"]
+    if unet.config["encoder_hid_dim_type"] == "text_proj":
+        features = unet.config["encoder_hid_dim"]
     for name, tensor in prompt_embeds.items():
         _check_shape(
             name, tensor, (None, None, features if isinstance(features, int) else None), reason="for the U-Net"
@@ -115,7 +117,7 @@ def refine(
     latents: torch.Tensor,
     *,
     pipeline: DiffusionPipeline,
-    refiner: DiffusionPipeline,
+    refiner: Any,
     strength: float,
     callback_on_step_end: Callable | None,
     **conditioning,
@@ -136,8 +138,8 @@ def refine(
     """
     refiner.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
     callback = callback_on_step_end
-    if callable(callback):
-        callback = _share_interruption(callback, pipeline)
+    if callable(callback_on_step_end):
+        callback = _share_interruption(callback_on_step_end, pipeline)
         if hasattr(callback_on_step_end, "tensor_inputs"):  # PipelineCallback, whose own list diffusers goes by
             conditioning["callback_on_step_end_tensor_inputs"] = callback_on_step_end.tensor_inputs
     latents = refiner(

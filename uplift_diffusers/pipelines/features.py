@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from uplift_diffusers.feature_space import FeatureBackbone, resize_bilinear
 from uplift_diffusers.images.convert import ImageInput, read_batch
 from uplift_diffusers.models.upsampler import UPLiFTModel
 from uplift_diffusers.pipelines.upscale_stage import Progress, TileSize, read_tile_size
+from uplift_diffusers.scale import size_of
 from uplift_diffusers.tiling import iterate_tiles, split_into_tiles
 
 OUTPUT_TYPES = ("pt", "np", "pil")
@@ -65,13 +66,13 @@ class AffineMap(NamedTuple):
                 resized.
             ValueError: it takes another number of channels.
         """
-        is_pointwise = isinstance(head, nn.Conv2d) and (head.kernel_size, head.stride, head.padding, head.groups) == (
+        is_spatial = isinstance(head, nn.Conv2d) and (head.kernel_size, head.stride, head.padding, head.groups) != (
             (1, 1),
             (1, 1),
             (0, 0),
             1,
         )
-        if not isinstance(head, nn.Linear) and not is_pointwise:
+        if is_spatial or not isinstance(head, nn.Linear | nn.Conv2d):
             raise TypeError(
                 f"`head` must be a torch.nn.Linear or a 1x1 torch.nn.Conv2d, got {head}. Apply another one to the "
                 "features that are returned without `head`."
@@ -117,6 +118,8 @@ class UPLiFTFeaturePipeline(DiffusionPipeline):
         >>> features = pipe(Image.open("photo.jpg")).features  # (1, 384, height, width)
         ```
     """
+
+    config: Any  # diffusers' FrozenDict: its entries are attributes, too
 
     model_cpu_offload_seq = "backbone->upsampler"
 
@@ -189,7 +192,7 @@ class UPLiFTFeaturePipeline(DiffusionPipeline):
         if project is not None and output_type == "pil":
             raise ValueError("`head` must be None for `output_type` 'pil', which shows the features themselves.")
         image = read_batch(image)
-        size = tuple(image.shape[2:]) if output_size == "pixels" else _read_size(output_size)
+        size = size_of(image) if output_size == "pixels" else _read_size(output_size)
         image = backbone.resize(image)  # (B, 3, p*h, p*w)
         num_steps = _read_num_steps(num_steps, image, patch_size=backbone.space.patch_size, size=size)
 
@@ -226,10 +229,11 @@ class UPLiFTFeaturePipeline(DiffusionPipeline):
             )
             cls_token = None if cls_token is None else cls_token.float().cpu().numpy()
         elif output_type == "pil":
+            assert project is not None
             tokens = F.interpolate(project(tokens), size=features.shape[2:], mode="nearest")
+            postprocess: Callable[..., Any] = self.image_processor.postprocess
             features, tokens = (
-                self.image_processor.postprocess(values.float().clamp(0, 1), output_type="pil")
-                for values in (features, tokens)
+                postprocess(values.float().clamp(0, 1), output_type="pil") for values in (features, tokens)
             )
         if not return_dict:
             return features, tokens, cls_token
@@ -275,7 +279,7 @@ def _upsample(
     """(B, C, h, w) -> (B, C, 2**num_steps * h, 2**num_steps * w), or what `project` makes of it, tile by tile."""
     if num_steps == 0:
         return tokens if project is None else project(tokens)
-    size = tuple(tokens.shape[2:])
+    size = size_of(tokens)
     edge = max(size) if tile_size is None else tile_size // upsampler.config.spatial_factor
     progress = Progress(callback, num_steps * sum(map(len, split_into_tiles(size, edge))))
     if tile_size is None and is_compiled_module(upsampler):  # in one piece, as it was compiled
@@ -302,7 +306,7 @@ def _upsample(
     return output
 
 
-def _read_size(output_size: tuple[int, int] | None) -> tuple[int, int] | None:
+def _read_size(output_size: object) -> tuple[int, int] | None:
     """`output_size` where it is not "pixels", checked."""
     if output_size is None:
         return None

@@ -1,6 +1,7 @@
 """UPLiFTLatentUpscalePipeline: latents or an image in, larger latents or a larger image out."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -18,7 +19,7 @@ from uplift_diffusers.pipelines.upscale_stage import (
     decode_to_scale,
     upscale_raw_latents,
 )
-from uplift_diffusers.scale import scaled_size
+from uplift_diffusers.scale import scaled_size, size_of
 
 
 class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
@@ -49,6 +50,8 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
         >>> upscale(latents=latents, scale=2, generator=torch.Generator().manual_seed(0)).images[0].save("large.png")
         ```
     """
+
+    config: Any  # diffusers' FrozenDict: its entries are attributes, too
 
     model_cpu_offload_seq = "vae->upsampler"
 
@@ -139,6 +142,7 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
         try:
             # 2. Complete the pair of latents and guide image
             if latents is None:
+                assert guide is not None
                 guide = guide.to(device)
                 raw_latents = codec.encode(guide)  # (B, C, h, w)
             else:
@@ -163,7 +167,8 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
                 patch = PACKING if ndim == 3 else 1
                 rows, columns = scaled_size((latent_size[0] // patch, latent_size[1] // patch), scale)
                 raw_latents = codec.resize(raw_latents, (rows * patch, columns * patch))
-                images = space.write(raw_latents, ndim=ndim).to(self.vae.dtype if latents is None else latents.dtype)
+                dtype = self.vae.dtype if latents is None else latents.dtype
+                images: Any = space.write(raw_latents, ndim=ndim).to(dtype)
             else:
                 images = decode_to_scale(
                     raw_latents,
@@ -192,27 +197,27 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
         """(height, width) in pixels of the image of the latents."""
         space = self.latent_space
         factor = space.spatial_factor
-        if latents is None and guide is None:
-            raise ValueError("Either `latents` or `image` must be given, got neither.")
         if latents is not None:
             latent_size = space.check_layout(latents, height=height, width=width)
-            size = (latent_size[0] * factor, latent_size[1] * factor)
-        else:
+            size, count = (latent_size[0] * factor, latent_size[1] * factor), len(latents)
+        elif guide is not None:
             if height is not None or width is not None:
                 raise ValueError(
                     f"`height` and `width` must be left out without `latents`, got {height} and {width}. They are "
                     "those of the image; `scale` says how large the result is."
                 )
-            size = (guide.shape[2], guide.shape[3])
+            size, count = size_of(guide), len(guide)
             if size[0] % factor or size[1] % factor:
                 raise ValueError(
                     f"`image` must have a height and width that are multiples of {factor}, got {size}. "
                     "UPLiFTSuperResolutionPipeline takes any size."
                 )
+        else:
+            raise ValueError("Either `latents` or `image` must be given, got neither.")
         if latents is not None and guide is not None and guide.shape != (len(latents), 3, *size):
             raise ValueError(
                 f"`image` must be {len(latents)} images of {size} (height, width) pixels for `latents` of "
                 f"{tuple(latents.shape)}, got {len(guide)} of {tuple(guide.shape[2:])}."
             )
-        check_generator(generator, len(guide if latents is None else latents))
+        check_generator(generator, count)
         return size

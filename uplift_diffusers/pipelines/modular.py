@@ -1,5 +1,7 @@
 """The upscale stage as a block of diffusers' modular pipelines, between denoising and decoding."""
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL
 from diffusers.modular_pipelines import (
@@ -63,7 +65,7 @@ class UPLiFTLatentUpscaleStep(ModularPipelineBlocks):
 
     @torch.no_grad()
     def __call__(self, components, state: PipelineState) -> tuple:
-        block_state = self.get_block_state(state)
+        block_state: Any = self.get_block_state(state)
         stage = UPLiFTLatentUpscalePipeline(
             vae=components.vae, upsampler=components.upsampler, latent_space=components.config.latent_space
         )
@@ -74,6 +76,7 @@ class UPLiFTLatentUpscaleStep(ModularPipelineBlocks):
             generator=block_state.generator,
             adain_factor=block_state.adain_factor,
             output_type="latent",
-        ).images.to(latents.dtype)
+            return_dict=False,
+        )[0].to(latents.dtype)
         self.set_block_state(state, block_state)
         return components, state

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,6 +55,9 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
         >>> pipe(image=Image.open("photo.jpg"), scale=4).images[0].save("larger.png")
         ```
     """
+
+    config: Any  # diffusers' FrozenDict: its entries are attributes, too
+    progress_bar: Callable[..., Any]  # a decorator of diffusers hides what it takes
 
     model_cpu_offload_seq = "vae->upsampler"
 
@@ -135,7 +139,7 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
         progress = Progress(callback_on_progress, sum(parts) if scale != 1 else 0)
 
         # 2. Enlarge, one picture at a time: sizes differ, and a picture's result must not depend on its neighbours
-        images = []
+        images: Any = []
         try:
             for picture, strength, picture_generator in zip(
                 self.progress_bar(pictures), strengths, generators, strict=True

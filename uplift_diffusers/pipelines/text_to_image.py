@@ -74,6 +74,8 @@ class UPLiFTTextToImagePipeline(StableDiffusionPipeline):
         ```
     """
 
+    config: Any  # diffusers' FrozenDict: its entries are attributes, too
+
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->guide_vae->upsampler->vae"
     _optional_components = [*StableDiffusionPipeline._optional_components, "guide_vae"]  # noqa: RUF012 - a list, as diffusers has it
 
@@ -96,17 +98,18 @@ class UPLiFTTextToImagePipeline(StableDiffusionPipeline):
             space = LatentSpace.of(vae, latent_space)
             space.check_upsampler(upsampler)
             check_guide_vae(space, guide_vae)
-        super().__init__(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=scheduler,
-            safety_checker=safety_checker,
-            feature_extractor=feature_extractor,
-            image_encoder=image_encoder,
-            requires_safety_checker=requires_safety_checker,
-        )
+        components: dict[str, Any] = {  # more kinds of them than the types of the class that takes them know
+            "vae": vae,
+            "text_encoder": text_encoder,
+            "tokenizer": tokenizer,
+            "unet": unet,
+            "scheduler": scheduler,
+            "safety_checker": safety_checker,
+            "feature_extractor": feature_extractor,
+            "image_encoder": image_encoder,
+            "requires_safety_checker": requires_safety_checker,
+        }
+        super().__init__(**components)
         self.register_modules(upsampler=upsampler, guide_vae=guide_vae)
         self.register_to_config(latent_space=latent_space)
 
@@ -134,12 +137,12 @@ class UPLiFTTextToImagePipeline(StableDiffusionPipeline):
         negative_prompt_embeds: torch.Tensor | None = None,
         ip_adapter_image: PipelineImageInput | None = None,
         ip_adapter_image_embeds: list[torch.Tensor] | None = None,
-        output_type: str | None = "pil",
+        output_type: str = "pil",
         return_dict: bool = True,
         cross_attention_kwargs: dict[str, Any] | None = None,
         guidance_rescale: float = 0.0,
         clip_skip: int | None = None,
-        callback_on_step_end: Callable[[int, int], None] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end: Callable[..., Any] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - as the class it builds on
         *,
         scale: float = 2,
@@ -230,22 +233,19 @@ class UPLiFTTextToImagePipeline(StableDiffusionPipeline):
             "callback_on_step_end": callback_on_step_end,
             "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
         }
-        latents = (
-            super()
-            .__call__(
-                height=size[0],
-                width=size[1],
-                latents=latents,
-                guidance_rescale=guidance_rescale,
-                output_type="latent",
-                **conditioning,
-            )
-            .images
-        )  # (B, C, h, w)
+        output: Any = super().__call__(
+            height=size[0],
+            width=size[1],
+            latents=latents,
+            guidance_rescale=guidance_rescale,
+            output_type="latent",
+            **conditioning,
+        )
+        denoised: torch.Tensor = output.images  # (B, C, h, w)
 
         # 3. Upsample
-        space.check_latents(latents)
-        raw_latents = space.denormalize(latents.float())
+        space.check_latents(denoised)
+        raw_latents = space.denormalize(denoised.float())
         guide_codec = codec if self.guide_vae is None else LatentCodec(self.guide_vae, space)
         guide = guide_codec.decode(raw_latents) if num_steps > 0 else None  # (B, 3, f*h, f*w)
         raw_latents = upscale_raw_latents(
@@ -268,18 +268,19 @@ class UPLiFTTextToImagePipeline(StableDiffusionPipeline):
 
         # 5. Refine
         if refine_strength and not self.interrupt:
-            latents = refine(
+            denoised = refine(
                 space.normalize(raw_latents),
                 pipeline=self,
                 refiner=self._refiner(),
                 strength=refine_strength,
                 **conditioning,
             )
-            raw_latents = space.denormalize(latents.float())
+            raw_latents = space.denormalize(denoised.float())
 
         # 6. Decode
         if output_type == "latent":
-            images, has_nsfw_concept = space.normalize(raw_latents).to(latents.dtype), None
+            images: Any = space.normalize(raw_latents).to(denoised.dtype)
+            has_nsfw_concept = None
         else:
             images = decode_to_scale(
                 raw_latents,
@@ -301,14 +302,15 @@ class UPLiFTTextToImagePipeline(StableDiffusionPipeline):
 
     def _refiner(self) -> StableDiffusionImg2ImgPipeline:
         """Image-to-image with the components that this pipeline has now; it shows no image, so it checks none."""
-        return StableDiffusionImg2ImgPipeline(
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            unet=self.unet,
-            scheduler=self.scheduler,
-            safety_checker=None,
-            feature_extractor=self.feature_extractor,
-            image_encoder=self.image_encoder,
-            requires_safety_checker=False,
-        )
+        components: dict[str, Any] = {
+            "vae": self.vae,
+            "text_encoder": self.text_encoder,
+            "tokenizer": self.tokenizer,
+            "unet": self.unet,
+            "scheduler": self.scheduler,
+            "safety_checker": None,
+            "feature_extractor": self.feature_extractor,
+            "image_encoder": self.image_encoder,
+            "requires_safety_checker": False,
+        }
+        return StableDiffusionImg2ImgPipeline(**components)

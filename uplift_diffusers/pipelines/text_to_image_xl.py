@@ -13,7 +13,7 @@ from diffusers import (
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
-from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput
+from diffusers.pipelines.stable_diffusion_xl.pipeline_output import StableDiffusionXLPipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from transformers import (
     CLIPImageProcessor,
@@ -80,6 +80,8 @@ class UPLiFTTextToImageXLPipeline(StableDiffusionXLPipeline):
         ```
     """
 
+    config: Any  # diffusers' FrozenDict: its entries are attributes, too
+
     model_cpu_offload_seq = "text_encoder->text_encoder_2->image_encoder->unet->guide_vae->upsampler->vae"
     _optional_components = [*StableDiffusionXLPipeline._optional_components, "guide_vae"]  # noqa: RUF012 - a list, as diffusers has it
 
@@ -104,19 +106,20 @@ class UPLiFTTextToImageXLPipeline(StableDiffusionXLPipeline):
             space = LatentSpace.of(vae, latent_space)
             space.check_upsampler(upsampler)
             check_guide_vae(space, guide_vae)
-        super().__init__(
-            vae=vae,
-            text_encoder=text_encoder,
-            text_encoder_2=text_encoder_2,
-            tokenizer=tokenizer,
-            tokenizer_2=tokenizer_2,
-            unet=unet,
-            scheduler=scheduler,
-            image_encoder=image_encoder,
-            feature_extractor=feature_extractor,
-            force_zeros_for_empty_prompt=force_zeros_for_empty_prompt,
-            add_watermarker=add_watermarker,
-        )
+        components: dict[str, Any] = {  # more kinds of them than the types of the class that takes them know
+            "vae": vae,
+            "text_encoder": text_encoder,
+            "text_encoder_2": text_encoder_2,
+            "tokenizer": tokenizer,
+            "tokenizer_2": tokenizer_2,
+            "unet": unet,
+            "scheduler": scheduler,
+            "image_encoder": image_encoder,
+            "feature_extractor": feature_extractor,
+            "force_zeros_for_empty_prompt": force_zeros_for_empty_prompt,
+            "add_watermarker": add_watermarker,
+        }
+        super().__init__(**components)
         self.register_modules(upsampler=upsampler, guide_vae=guide_vae)
         self.register_to_config(latent_space=latent_space)
 
@@ -149,7 +152,7 @@ class UPLiFTTextToImageXLPipeline(StableDiffusionXLPipeline):
         negative_pooled_prompt_embeds: torch.Tensor | None = None,
         ip_adapter_image: PipelineImageInput | None = None,
         ip_adapter_image_embeds: list[torch.Tensor] | None = None,
-        output_type: str | None = "pil",
+        output_type: str = "pil",
         return_dict: bool = True,
         cross_attention_kwargs: dict[str, Any] | None = None,
         guidance_rescale: float = 0.0,
@@ -160,7 +163,7 @@ class UPLiFTTextToImageXLPipeline(StableDiffusionXLPipeline):
         negative_crops_coords_top_left: tuple[int, int] = (0, 0),
         negative_target_size: tuple[int, int] | None = None,
         clip_skip: int | None = None,
-        callback_on_step_end: Callable[[int, int], None] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end: Callable[..., Any] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - as the class it builds on
         *,
         scale: float = 2,
@@ -267,25 +270,22 @@ class UPLiFTTextToImageXLPipeline(StableDiffusionXLPipeline):
             "callback_on_step_end": callback_on_step_end,
             "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
         }
-        latents = (
-            super()
-            .__call__(
-                height=size[0],
-                width=size[1],
-                latents=latents,
-                original_size=original_size,
-                target_size=target_size,
-                negative_original_size=negative_original_size,
-                negative_target_size=negative_target_size,
-                output_type="latent",
-                **conditioning,
-            )
-            .images
-        )  # (B, C, h, w)
+        output: Any = super().__call__(
+            height=size[0],
+            width=size[1],
+            latents=latents,
+            original_size=original_size,
+            target_size=target_size,
+            negative_original_size=negative_original_size,
+            negative_target_size=negative_target_size,
+            output_type="latent",
+            **conditioning,
+        )
+        denoised: torch.Tensor = output.images  # (B, C, h, w)
 
         # 3. Upsample
-        space.check_latents(latents)
-        raw_latents = space.denormalize(latents.float())
+        space.check_latents(denoised)
+        raw_latents = space.denormalize(denoised.float())
         guide_codec = codec if self.guide_vae is None else LatentCodec(self.guide_vae, space)
         guide = guide_codec.decode(raw_latents) if num_steps > 0 else None  # (B, 3, f*h, f*w)
         raw_latents = upscale_raw_latents(
@@ -308,18 +308,18 @@ class UPLiFTTextToImageXLPipeline(StableDiffusionXLPipeline):
 
         # 5. Refine
         if refine_strength and not self.interrupt:
-            latents = refine(
+            denoised = refine(
                 space.normalize(raw_latents),
                 pipeline=self,
                 refiner=self._refiner(),
                 strength=refine_strength,
                 **conditioning,
             )
-            raw_latents = space.denormalize(latents.float())
+            raw_latents = space.denormalize(denoised.float())
 
         # 6. Decode
         if output_type == "latent":
-            images = space.normalize(raw_latents).to(latents.dtype)
+            images: Any = space.normalize(raw_latents).to(denoised.dtype)
         else:
             images = decode_to_scale(
                 raw_latents,
@@ -341,16 +341,17 @@ class UPLiFTTextToImageXLPipeline(StableDiffusionXLPipeline):
 
     def _refiner(self) -> StableDiffusionXLImg2ImgPipeline:
         """Image-to-image with the components that this pipeline has now; it shows no image, so it marks none."""
-        return StableDiffusionXLImg2ImgPipeline(
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            text_encoder_2=self.text_encoder_2,
-            tokenizer=self.tokenizer,
-            tokenizer_2=self.tokenizer_2,
-            unet=self.unet,
-            scheduler=self.scheduler,
-            image_encoder=self.image_encoder,
-            feature_extractor=self.feature_extractor,
-            force_zeros_for_empty_prompt=self.config.force_zeros_for_empty_prompt,
-            add_watermarker=False,
-        )
+        components: dict[str, Any] = {
+            "vae": self.vae,
+            "text_encoder": self.text_encoder,
+            "text_encoder_2": self.text_encoder_2,
+            "tokenizer": self.tokenizer,
+            "tokenizer_2": self.tokenizer_2,
+            "unet": self.unet,
+            "scheduler": self.scheduler,
+            "image_encoder": self.image_encoder,
+            "feature_extractor": self.feature_extractor,
+            "force_zeros_for_empty_prompt": self.config.force_zeros_for_empty_prompt,
+            "add_watermarker": False,
+        }
+        return StableDiffusionXLImg2ImgPipeline(**components)

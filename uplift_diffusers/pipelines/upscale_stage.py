@@ -153,13 +153,13 @@ def upscale_raw_latents(
     assert image is not None
     edge_px = read_tile_size(tile_size)
     latents, image = raw_latents.to(upsampler.dtype), image.to(raw_latents.device)
-    advance = progress.advance if progress is not None else None
     if edge_px is None and is_compiled_module(upsampler):
         # In one piece, as it was compiled. Noise is drawn here, for a compiled model takes no generator.
         noise = list(upsampler.draw_noise(latents, num_steps, generator))
         upsampled = upsampler(latents, image=image, num_steps=num_steps, noise=noise, denoise=denoise).sample
-        for _ in range(num_steps if advance is not None else 0):
-            advance()
+        if progress is not None:
+            for _ in range(num_steps):
+                progress.advance()
     else:
         upsampled = upsample_tiled(
             upsampler,
@@ -169,7 +169,7 @@ def upscale_raw_latents(
             generator=generator,
             denoise=denoise,
             tile_size=edge_px or max(image.shape[2:]),
-            callback_on_step=advance,
+            callback_on_step=progress.advance if progress is not None else None,
         )
     if not torch.isfinite(upsampled).all():
         raise ValueError(
@@ -322,6 +322,7 @@ def _reduce_strips(strips: Iterator[torch.Tensor], height: int, size: tuple[int,
         rows = narrow.new_empty(*narrow.shape[:2], height, size[1]) if rows is None else rows
         rows[:, :, top : top + strip.shape[2]] = narrow
         top += strip.shape[2]
+    assert rows is not None  # there is at least one strip
     for columns in rows.split(256, dim=3):
         columns[:, :, : size[0]] = interpolate(columns, (size[0], columns.shape[3]))
     return rows[:, :, : size[0]].clamp_(0, 1)

@@ -148,8 +148,8 @@ def changed_settings(path: Path, settings: dict) -> list[str]:
 def set_aside_later_checkpoints(output_dir: Path, step: int) -> list[Path]:
     """Rename the checkpoints after `step` to abandoned-checkpoint-<step>, so that nothing resumes from them."""
     moved = []
-    for path in list_checkpoints(output_dir):
-        if _step_of(path) > step:
+    for step_of_path, path in _numbered(output_dir):
+        if step_of_path > step:
             target = path.with_name(f"abandoned-{path.name}")
             shutil.rmtree(target, ignore_errors=True)
             moved.append(path.rename(target))
@@ -187,7 +187,12 @@ def find_checkpoint(output_dir: Path, request: str) -> tuple[Path | None, list[s
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoint folders below `output_dir`, oldest first."""
-    return sorted((path for path in output_dir.glob(f"{PREFIX}*") if _step_of(path) is not None), key=_step_of)
+    return [path for _, path in _numbered(output_dir)]
+
+
+def _numbered(output_dir: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint below `output_dir`, oldest first."""
+    return sorted((step, path) for path in output_dir.glob(f"{PREFIX}*") if (step := _step_of(path)) is not None)
 
 
 class AveragedWeights:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -14,10 +15,9 @@ import torch
 import yaml
 from diffusers import ModelMixin
 from diffusers.optimization import SchedulerType
-from PIL import Image
 from torch import nn
 
-from uplift_diffusers.data.dataset import Crop
+from uplift_diffusers.data.dataset import Crop, CropFunction
 
 if typing.TYPE_CHECKING:
     from uplift_diffusers.training.monitoring import Validation
@@ -152,7 +152,7 @@ class TrainingConfig:
         if self.lr_floor and self.lr_scheduler != "cosine":
             raise ValueError(f"`lr_floor` must be 0 unless `lr_scheduler` is cosine, got {self.lr_floor}.")
 
-    def make_crop(self) -> Callable[[Image.Image, int, int], torch.Tensor]:
+    def make_crop(self) -> CropFunction:
         """What cuts the training squares out of the photographs: (image, epoch, index) -> (3, R, R) uint8."""
         return Crop(
             resolution=self.resolution,
@@ -211,12 +211,14 @@ def parse_config(
             from_file += _as_flags(name, value, is_switch=hints[name] is bool)
         except ValueError as error:
             parser.error(str(error))
-    known, unknown = parser.parse_known_args([*from_file, *arguments])
+    known, unknown = parser.parse_known_args([*from_file, *(sys.argv[1:] if arguments is None else arguments)])
     if unknown:
         name = unknown[0].partition("=")[0].removeprefix("--")
         hint = _nearest(name, fields) if unknown[0].startswith("--") else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}.{hint}")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(known).items()}
+    values: dict[str, typing.Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in vars(known).items()
+    }
     for pair in STEPS_OR_EPOCHS.items():
         for given, other in (pair, pair[::-1]):
             if given in values and other not in values:

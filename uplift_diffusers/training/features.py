@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,12 +14,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from uplift_diffusers.data.dataset import Crop, Photographs
+from uplift_diffusers.data.dataset import CropFunction, Photographs
 from uplift_diffusers.data.sources import FolderSource
 from uplift_diffusers.feature_space import FeatureBackbone, FeatureSpace, resize_bilinear
 from uplift_diffusers.models.conversion import CONFIGS
 from uplift_diffusers.models.upsampler import UPLiFTModel
 from uplift_diffusers.pipelines.features import principal_components
+from uplift_diffusers.scale import size_of
 from uplift_diffusers.training.config import Task, TrainingConfig, option, parse_choices, parse_config
 from uplift_diffusers.training.monitoring import Validation
 from uplift_diffusers.training.train import run, run_command
@@ -41,7 +42,7 @@ class Squash:
 
     def __call__(self, image: Image.Image, epoch: int, index: int) -> torch.Tensor:
         """An RGB image -> (3, resolution, resolution) uint8."""
-        square = image.resize((self.resolution,) * 2, Image.BILINEAR)
+        square = image.resize((self.resolution, self.resolution), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
@@ -61,7 +62,7 @@ class FeatureTrainingConfig(TrainingConfig):
     feature_space: str | None = option(None, "Declares the backbone's feature space where its config does not say it.")
     image_normalization: str | None = option(None, "Of the backbone's input: imagenet, half, sat493m; or its own.")
     method: str = option("uplift", "What is trained: uplift, or lift, the same network without the Local Attender.")
-    depths: tuple[int, ...] | None = option(
+    depths: tuple[int, ...] = option(
         None, "Depths d: from 1/2^d of the resolution in d steps of 2x; by default those of the recipe, for lift 1."
     )
     resolution: int = option(448)
@@ -86,7 +87,7 @@ class FeatureTrainingConfig(TrainingConfig):
         if self.squash and (self.random_crop or self.augment_flip):
             raise ValueError("`squash` must be off with `random_crop` or `augment_flip`. Pass --no-squash.")
 
-    def make_crop(self) -> Squash | Crop:
+    def make_crop(self) -> CropFunction:
         return Squash(self.resolution) if self.squash else super().make_crop()
 
     @contextmanager
@@ -197,7 +198,7 @@ class FeatureObjective(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             features = [self.backbone.encode(image).float() for image in pyramid]
         losses = {f"loss_d{depth}": self.depth_loss(depth, pyramid, features, generator) for depth in self.depths}
-        losses["loss"] = sum(losses.values())
+        losses["loss"] = sum(losses.values(), start=torch.zeros(()))
         return losses
 
     def depth_loss(
@@ -221,7 +222,8 @@ class EveryStepObjective(FeatureObjective):
             features[depth], image=pyramid[depth], num_steps=depth, generator=generator, return_steps=True
         ).steps
         targets = features[:depth][::-1]
-        return sum(F.mse_loss(step.float(), target) for step, target in zip(steps, targets, strict=True))
+        losses = [F.mse_loss(step.float(), target) for step, target in zip(steps, targets, strict=True)]
+        return sum(losses, start=torch.zeros(()))
 
 
 class FinalSizeObjective(FeatureObjective):
@@ -238,10 +240,11 @@ class FinalSizeObjective(FeatureObjective):
         self, depth: int, pyramid: list[torch.Tensor], features: list[torch.Tensor], generator: torch.Generator
     ) -> torch.Tensor:
         target = features[0]
-        predicted = self.model(features[depth], pyramid[depth], tuple(target.shape[2:])).float()
+        predicted = self.model(features[depth], pyramid[depth], size_of(target)).float()
         low, high = target.amin(dim=1, keepdim=True), target.amax(dim=1, keepdim=True)
-        scaled = [(values - low) / (high - low + 1e-6) for values in (predicted, target)]
-        return (1 - F.cosine_similarity(predicted, target, dim=1)).mean() + F.mse_loss(*scaled)
+        prediction_in_span, target_in_span = ((values - low) / (high - low + 1e-6) for values in (predicted, target))
+        cosine = F.cosine_similarity(predicted, target, dim=1)
+        return (1 - cosine).mean() + F.mse_loss(prediction_in_span, target_in_span)
 
 
 class TrainedPeer(nn.Module):
@@ -254,7 +257,7 @@ class TrainedPeer(nn.Module):
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        self.network = network
+        self.network: Any = network
 
     def forward(self, features: torch.Tensor, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         return self.network.upsample(features, image, size)
@@ -266,20 +269,21 @@ class TrainedPeer(nn.Module):
         save_file(tensors, Path(folder) / "diffusion_pytorch_model.safetensors")
 
 
-Method = tuple[nn.Module, FeatureObjective, UpsampleFeatures]
+Method = tuple[Any, FeatureObjective, UpsampleFeatures]
 """What is trained and saved, what it minimises, and how it upsamples."""
 
 
 def _make_uplift(config: FeatureTrainingConfig, backbone: FeatureBackbone, **changes) -> Method:
     space = backbone.space
-    model = UPLiFTModel(
+    model: Any = UPLiFTModel(
         **{**config.model_settings, **changes},
         latent_channels=space.channels,
         spatial_factor=space.patch_size,
         latent_space=space.name,
         # Halved step by step, the encoder's maps meet the positions of every step: 16 pixels for patches of 14.
         encoder_spatial_factor=2 ** math.ceil(math.log2(space.patch_size)),
-    ).to(backbone.model.device)
+    )
+    model.to(backbone.model.device)
 
     def upsample(features: torch.Tensor, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         return model(features, image=image, num_steps=(size[0] // features.shape[2]).bit_length() - 1).sample
@@ -358,7 +362,7 @@ class FeatureValidation:
         rows = []
         for levels in self.batches:
             target = levels[0][1]
-            size = tuple(target.shape[2:])
+            size = size_of(target)
             for depth in self.depths:
                 image, features = levels[depth]
                 predicted = self.upsample(features, image, size).float()
@@ -373,7 +377,9 @@ class FeatureValidation:
                 colours = principal_components(target)
                 rows += torch.cat([colours(values) for values in (bilinear, predicted, target)], dim=3).clamp(0, 1)
         picture = torch.cat(rows[:VALIDATION_ROWS], dim=1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
-        enlarged = Image.fromarray(picture).resize((8 * picture.shape[1], 8 * picture.shape[0]), Image.NEAREST)
+        enlarged = Image.fromarray(picture).resize(
+            (8 * picture.shape[1], 8 * picture.shape[0]), Image.Resampling.NEAREST
+        )
         figures = {name: total / self.num_photographs for name, total in sums.items()}
         return Validation(figures, {"bilinear-prediction-target": enlarged})
 

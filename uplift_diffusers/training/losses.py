@@ -83,16 +83,17 @@ class MultiDepthObjective(nn.Module):
                 generator=generator,
                 return_steps=True,
             ).steps
-            losses[f"loss_d{depth}"] = sum(
-                F.mse_loss(step.float(), targets[depth - 1 - index]) for index, step in enumerate(steps)
-            )
+            assert steps is not None  # they are asked for
+            of_steps = [F.mse_loss(step.float(), targets[depth - 1 - index]) for index, step in enumerate(steps)]
+            losses[f"loss_d{depth}"] = sum(of_steps, start=torch.zeros(()))
             if depth == decoded_depth:
                 # Not clamped: a gradient must flow back from values beyond the range.
                 decoded = self.codec.decode_sample(steps[-1]).float() / 2 + 0.5
                 consistency = denoise.new_tensor([consistency_for_denoise(d) for d in denoise.tolist()])
                 consistency = consistency[:, None, None, None]
                 losses["pixel"] = F.l1_loss(decoded + consistency * missing_detail(image, decoded), images)
-        losses["loss"] = sum(value * (self.pixel_weight if name == "pixel" else 1.0) for name, value in losses.items())
+        weighted = [value * (self.pixel_weight if name == "pixel" else 1.0) for name, value in losses.items()]
+        losses["loss"] = sum(weighted, start=torch.zeros(()))
         return losses
 
     def _start(

@@ -5,6 +5,7 @@ A step costs a fraction of one of the whole upsampler, which then starts from th
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import nn
 from uplift_diffusers.data.degradation import degrade, through_jpeg
 from uplift_diffusers.data.pyramid import image_pyramid
 from uplift_diffusers.images.compression import denoise_for_quality
-from uplift_diffusers.models.blocks import ConvGroup
+from uplift_diffusers.models.blocks import ConvGroup, start_at_zero
 from uplift_diffusers.models.upsampler import network_input
 from uplift_diffusers.training.losses import psnr_from_mse
 from uplift_diffusers.training.monitoring import VALIDATION_BATCH, Validation, picture_of, validation_crops
@@ -42,6 +43,8 @@ class PixelStageModel(ModelMixin, ConfigMixin):
             upsampler.
     """
 
+    config: Any  # diffusers' FrozenDict: its entries are attributes, too
+
     _supports_gradient_checkpointing = True
 
     @register_to_config
@@ -60,8 +63,7 @@ class PixelStageModel(ModelMixin, ConfigMixin):
         )
         self.head2, self.head4 = (nn.Conv2d(stem_channels, 3 * scale**2, 3, padding=1) for scale in SCALES)
         for head in (self.head2, self.head4):
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
+            start_at_zero(head)
 
     def forward(self, image: torch.Tensor, *, scale: int, denoise: torch.Tensor) -> torch.Tensor:
         """
@@ -187,7 +189,8 @@ def load_stem(folder: str | Path) -> PixelStageModel:
         OSError: there is no model in the folder.
         ValueError: it is a model of another class.
     """
-    name = PixelStageModel.load_config(folder).get("_class_name")
+    config: Any = PixelStageModel.load_config(folder)
+    name = config.get("_class_name")
     if name != PixelStageModel.__name__:
         raise ValueError(f"`initial_stem` must be a folder that --stage pixels made, got {folder} with a {name}.")
     return PixelStageModel.from_pretrained(folder)

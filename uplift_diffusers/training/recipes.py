@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -68,7 +68,8 @@ class LatentTrainingConfig(TrainingConfig):
             OSError: the VAE cannot be loaded, or the latent cache not be written.
             ValueError: the crops do not suit the model.
         """
-        vae = load_vae(self.vae).to(device)
+        vae: Any = load_vae(self.vae)
+        vae.to(device)
         space = LatentSpace.of(vae, self.latent_space)
         cache = LatentCache(self.latent_cache_dir, vae, space) if self.latent_cache_dir is not None else nullcontext()
         with cache as opened:
@@ -153,6 +154,7 @@ class UpsamplerTrainingConfig(LatentTrainingConfig):
 
         @torch.no_grad()
         def fit(crops: torch.Tensor) -> None:
+            assert model.estimator is not None
             levels = len(model.estimator.convs)
             pyramids = [image_pyramid(images, levels) for images in crops.split(8)]
             for depth in range(1, levels + 1):
@@ -278,7 +280,8 @@ class CFMTrainingConfig(LatentTrainingConfig):
             image: torch.Tensor, depth: int, denoise: torch.Tensor, generator: torch.Generator
         ) -> torch.Tensor:
             settings = {"num_inference_steps": CFM_VALIDATION_STEPS, "generator": generator}
-            return space.denormalize(pipeline(image=image, scale=2**depth, output_type="latent", **settings).images)
+            output: Any = pipeline(image=image, scale=2**depth, output_type="latent", **settings)
+            return space.denormalize(output.images)
 
         validate = None
         if self.validation_data_dir is not None:
@@ -392,4 +395,5 @@ def _start_from(stage: PixelStageModel, model: UPLiFTModel) -> None:
         expected, actual = model.config[name_there], stage.config[name]
         if actual != expected:
             raise ValueError(f"`initial_stem` must have {name}={expected!r} for this recipe, got {actual!r}.")
+    assert model.stem is not None  # the stage says how deep it is
     model.stem.load_state_dict(stage.stem.state_dict())

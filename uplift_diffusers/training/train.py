@@ -14,9 +14,10 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,9 +113,11 @@ def run(config: TrainingConfig, command: str) -> None:
     accelerator = make_accelerator(config)
     repository = create_repository(config) if accelerator.is_main_process else None
     with config.open_task(accelerator.device) as task:
+        fit = task.fit
 
-        def fit() -> None:
-            task.fit(first_crops(photographs, task.fit_crops).to(accelerator.device) / 255)
+        def prepare() -> None:
+            assert fit is not None
+            fit(first_crops(photographs, task.fit_crops).to(accelerator.device) / 255)
 
         train(
             task.model,
@@ -122,7 +125,7 @@ def run(config: TrainingConfig, command: str) -> None:
             config,
             photographs=photographs,
             accelerator=accelerator,
-            prepare=fit if task.fit is not None else None,
+            prepare=prepare if fit is not None else None,
             validate=task.validate,
         )
     if accelerator.is_main_process:
@@ -169,7 +172,7 @@ def train(
     _log_unreadable(photographs)
     images_per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     num_steps, validation_steps = (
-        steps or math.ceil(epochs * len(photographs) / images_per_step)
+        steps or _steps_of_epochs(epochs, photographs, images_per_step)
         for steps, epochs in (
             (config.max_train_steps, config.num_train_epochs),
             (config.validation_steps, config.validation_epochs),
@@ -195,7 +198,7 @@ def train(
     settings = dataclasses.asdict(config) | {
         "mixed_precision": accelerator.mixed_precision,
         "num_processes": accelerator.num_processes,
-        "num_photographs": None if config.streaming else len(photographs),
+        "num_photographs": len(photographs) if isinstance(photographs, Sized) else None,
     }
     del settings["hub_token"]
     if checkpoint is not None:
@@ -254,7 +257,8 @@ def train(
         validates = validate is not None and (state.step % validation_steps == 0 or last)
         if logs or saves:
             # In one order on every process: they are added up by their place, and a loss may be known sooner on one.
-            state.sums = accelerator.reduce(dict(sorted(state.sums.items())), reduction="mean")
+            reduced: Any = accelerator.reduce(dict(sorted(state.sums.items())), reduction="mean")
+            state.sums = reduced
             if not torch.isfinite(state.sums["loss"]):
                 raise FloatingPointError(
                     f"The loss is {state.sums['loss'].item()} at step {state.step}. "
@@ -264,9 +268,9 @@ def train(
             rate = (state.step - clocked_step) * images_per_step / (time.perf_counter() - clock)
             means = {name: value.item() / (state.step - state.logged_step) for name, value in state.sums.items()}
             progress.set_postfix(loss=f"{means['loss']:.4g}", images_per_s=f"{rate:.3g}", refresh=False)
-            log.write(state.step, {**means, "lr": state.scheduler.get_last_lr()[0], "images_per_s": rate})
+            log.write(state.step, {**means, "lr": float(state.scheduler.get_last_lr()[0]), "images_per_s": rate})
             state.sums, state.logged_step = {}, state.step
-        if validates and accelerator.is_main_process:
+        if validate is not None and validates and accelerator.is_main_process:
             with AveragedWeights(ema, parameters), torch.no_grad():
                 model.eval()
                 log.write_validation(state.step, validate())
@@ -288,6 +292,12 @@ def train(
     return output_dir
 
 
+def _steps_of_epochs(epochs: int | None, photographs: Photographs | StreamedPhotographs, images_per_step: int) -> int:
+    assert epochs is not None  # where there are no steps
+    assert isinstance(photographs, Sized)  # a stream has steps
+    return math.ceil(epochs * len(photographs) / images_per_step)
+
+
 def open_photographs(config: TrainingConfig) -> Photographs | StreamedPhotographs:
     """
     The photographs that `config` names. Files that cannot be read are left out and listed in `source.unreadable`.
@@ -297,6 +307,7 @@ def open_photographs(config: TrainingConfig) -> Photographs | StreamedPhotograph
     """
     crop = config.make_crop()
     if config.streaming:
+        assert config.dataset_name is not None
         stream = load_dataset(
             config.dataset_name, config.dataset_config_name, image_column=config.image_column, streaming=True
         )
@@ -326,7 +337,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     # The other processes wait while one validates or saves, for longer than the ten minutes that NCCL allows.
     patience = InitProcessGroupKwargs(timeout=PATIENCE)
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # PartialState does not look at it, Accelerator does
-    device = PartialState(cpu=on_cpu, **patience.to_kwargs()).device
+    device: Any = PartialState(cpu=on_cpu, **patience.to_kwargs()).device
     accelerator = Accelerator(
         mixed_precision=_choose_precision(config, device),
         log_with=tracker,

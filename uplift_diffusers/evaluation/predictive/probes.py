@@ -6,7 +6,7 @@ The protocol is that of Couairon et al. 2025 with two faults put right: the cosi
 images (theirs were not, for depth).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from uplift_diffusers.evaluation.predictive.datasets import IGNORED
 from uplift_diffusers.evaluation.predictive.peers.interface import FeatureUpsampler
 from uplift_diffusers.evaluation.statistics import BOOTSTRAP_BLOCK, BOOTSTRAP_DRAWS, LEVEL, Estimate
+from uplift_diffusers.scale import size_of
 
 DEPTH_BINS = 256
 NEAREST_DEPTH, FARTHEST_DEPTH = 1e-3, 10.0
@@ -80,7 +81,7 @@ class FeatureSource:
         )
         features = tokens
         if self.upsampler is not None:
-            features = self.upsampler.upsample(tokens, image, tuple(image.shape[2:]))
+            features = self.upsampler.upsample(tokens, image, size_of(image))
         if cls_token is None:
             return features
         cls_token = F.normalize(cls_token, dim=1)[:, :, None, None]
@@ -172,6 +173,7 @@ def fit(
     Returns:
         The mean loss of the last epoch.
     """
+    assert isinstance(data, Sized)
     batches = -(-len(data) // schedule.batch_size)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.999), weight_decay=1e-5)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=schedule.epochs * batches)

@@ -35,9 +35,9 @@ Measured = tuple[float, float | None]
 _ATEN = torch.ops.aten
 _ELEMENTWISE_FLOP = {
     # Attention to a neighbourhood is made of products and sums, which the counter leaves out by default.
-    _ATEN.mul: lambda *args, out_val=None, **kwargs: out_val.numel(),
+    _ATEN.mul: lambda *args, out_val, **kwargs: out_val.numel(),
     _ATEN.sum: lambda values, *args, out_val=None, **kwargs: values.numel(),
-    _ATEN.addcmul_: lambda *args, out_val=None, **kwargs: 2 * out_val.numel(),
+    _ATEN.addcmul_: lambda *args, out_val, **kwargs: 2 * out_val.numel(),
 }
 for _function in _ELEMENTWISE_FLOP.values():
     _function._get_raw = True  # the counter is to hand over tensors, not their shapes

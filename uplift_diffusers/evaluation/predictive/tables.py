@@ -171,10 +171,9 @@ def _two_tables(scores: dict[str, dict], differences: dict[str, dict], run: dict
 
 
 def _cost_cell(point: CostPoint | None, field: str, unit: float, layout: str) -> str:
-    value = getattr(point, field) if point is not None else None
-    if value is None:
+    if point is None or getattr(point, field) is None:
         return "–"
-    text = layout.format(value * unit)
+    text = layout.format(getattr(point, field) * unit)
     return text if point.measured or field == "flop" else f"({text}: {point.reason})"
 
 
@@ -218,7 +217,7 @@ def _drift_panel(axes: Axes, found: dict[str, list[dict[str, Estimate]]], metric
         values = [step[metric] for step in of_steps]
         axes.plot(range(len(values)), [value.value for value in values], "o-", color=f"C{index}", label=name)
         if all(value.low is not None for value in values):
-            low, high = [value.low for value in values], [value.high for value in values]
+            low, high = (np.array([getattr(value, end) for value in values]) for end in ("low", "high"))
             axes.fill_between(range(len(values)), low, high, color=f"C{index}", alpha=0.15, linewidth=0)
     steps = len(next(iter(found.values())))
     axes.set_xticks(range(steps), [f"{2**step}x" for step in range(steps)])

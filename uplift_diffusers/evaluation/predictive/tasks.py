@@ -3,9 +3,10 @@
 import hashlib
 import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -175,6 +176,7 @@ def open_depths(request: Request) -> tuple[Dataset, Dataset]:
     _check_folders(request, with_targets=False)
     parts = []
     for name, folder in (("train", request.train_images), ("val", request.val_images)):
+        assert folder is not None
         images = find_photographs(folder)[: request.limit]
         place = f"{Path(request.depth_model).name}-{name}-{size}"
         kept = request.output_dir / "depths" / place
@@ -300,7 +302,7 @@ def run_cost(request: Request) -> None:
     write_cost_report(points, facts, request.output_dir)
 
 
-def describe_run(request: Request, backbone, upsamplers: Upsamplers, train: Dataset, val: Dataset) -> dict:
+def describe_run(request: Request, backbone, upsamplers: Upsamplers, train: Any, val: Any) -> dict:
     """What the figures come from, as JSON values."""
     return {
         **_facts(request),
@@ -334,6 +336,7 @@ def _versions() -> dict[str, str]:
 def _load_backbone(request: Request):
     from uplift_diffusers.feature_space import FeatureBackbone
 
+    assert request.backbone is not None
     backbone = FeatureBackbone.from_pretrained(request.backbone, request.feature_space)
     backbone.model.to(request.device)
     return backbone
@@ -342,7 +345,7 @@ def _load_backbone(request: Request):
 def _measure_all(
     request: Request,
     backbone,
-    upsamplers: dict[str, FeatureUpsampler | None],
+    upsamplers: Mapping[str, FeatureUpsampler | None],
     parts: Sequence[Dataset],
     measure: Callable[[str], Record],
 ) -> dict[str, Record]:
@@ -368,7 +371,7 @@ def _measure_all(
     return records
 
 
-def _data_identity(data: Dataset) -> list:
+def _data_identity(data: Any) -> list:
     """Names and sizes of the files."""
     if isinstance(data, PredictedDepths):
         return [_digest(data.model), *([path.name, path.stat().st_size] for path in data.squares.images)]
@@ -408,5 +411,5 @@ def _check_folders(request: Request, *, with_targets: bool) -> None:
 
 
 def _folder_pairs(request: Request, suffixes: Sequence[str]) -> list:
-    folders = ((request.train_images, request.train_targets), (request.val_images, request.val_targets))
+    folders: Any = ((request.train_images, request.train_targets), (request.val_images, request.val_targets))
     return [pair_folders(images, targets, suffixes=suffixes) for images, targets in folders]

@@ -85,6 +85,7 @@ def load_upsampler(spec: UpsamplerSpec, space, *, query_chunk: int | None = None
         )
     if spec.name in PEERS:
         return load_peer(spec.name, channels=space.channels, weights=spec.path, query_chunk=query_chunk)
+    assert spec.path is not None  # all but peers have weights
     model = UPLiFTModel.from_pretrained(spec.path, use_safetensors=True)
     space.check_upsampler(model)
     return UPLiFT(model.eval())

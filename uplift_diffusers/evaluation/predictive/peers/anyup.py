@@ -11,6 +11,7 @@ from uplift_diffusers.evaluation.predictive.peers.jafar import (
     as_sequence,
     mix_by_attention,
 )
+from uplift_diffusers.scale import size_of
 
 BASIS_SIZE = 5
 
@@ -45,7 +46,7 @@ class AnyUp(FeatureUpsampler):
     def forward(self, features: torch.Tensor, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         encoded = self.rope(self.image_encoder(image))  # (B, D, H, W)
         queries = F.adaptive_avg_pool2d(self.query_encoder(encoded), size)
-        of_image = F.adaptive_avg_pool2d(self.key_encoder(encoded), features.shape[2:])
+        of_image = F.adaptive_avg_pool2d(self.key_encoder(encoded), size_of(features))
         of_features = self.key_features_encoder(F.normalize(features, dim=1))
         keys = self.aggregation(torch.cat([of_image, of_features], dim=1))
         return self.cross_decode(queries, keys, features, window_ratio=self.window_ratio, query_chunk=self.query_chunk)
@@ -110,10 +111,12 @@ class _CrossDecode(nn.Module):
                 _outside(length, count, window_ratio, queries.device) for length, count in zip(size, tokens)
             )
 
-            def masks(part: slice) -> torch.Tensor:
+            def outside(part: slice) -> torch.Tensor:
                 place = torch.arange(size[0] * size[1], device=queries.device)[part]
                 rows, columns = outside_rows[place // size[1]], outside_columns[place % size[1]]
                 return (rows[:, :, None] | columns[:, None, :]).flatten(1)
+
+            masks = outside
 
         projected = self.cross_attn.project(as_sequence(self.conv2d(queries)), as_sequence(keys))
         mixed = mix_by_attention(*projected, as_sequence(features), query_chunk=query_chunk, masks=masks)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from uplift_diffusers.evaluation.predictive.peers.interface import ChannelNorm, FeatureUpsampler, doublings, resize
+from uplift_diffusers.scale import size_of
 
 RADIUS = 3
 DIAMETER = 2 * RADIUS + 1
@@ -32,7 +33,7 @@ class FeatUp(FeatureUpsampler):
         self.upsampler = _Stack(channels)
 
     def forward(self, features: torch.Tensor, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        levels = min(doublings(tuple(features.shape[2:]), size), LEVELS)
+        levels = min(doublings(size_of(features), size), LEVELS)
         for norm in self.model.values():
             features = norm(features)
         return resize(self.upsampler(features, image, levels), size)

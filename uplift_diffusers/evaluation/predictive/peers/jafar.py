@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from uplift_diffusers.evaluation.predictive.peers.interface import FeatureUpsampler, split_queries
+from uplift_diffusers.scale import size_of
 
 HEADS = 4
 GROUPS = 8
@@ -39,7 +40,7 @@ class JAFAR(FeatureUpsampler):
     def forward(self, features: torch.Tensor, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         encoded = self.rope(self.image_encoder(image))  # (B, D, H, W)
         queries = F.group_norm(F.adaptive_avg_pool2d(self.query_encoder(encoded), size), GROUPS)
-        keys = F.group_norm(F.adaptive_avg_pool2d(self.key_encoder(encoded), features.shape[2:]), GROUPS)
+        keys = F.group_norm(F.adaptive_avg_pool2d(self.key_encoder(encoded), size_of(features)), GROUPS)
         keys = self.sft_key(keys, self.key_features_encoder(F.normalize(features, dim=1)))
         return self.cross_decode(queries, keys, features, self.query_chunk)
 

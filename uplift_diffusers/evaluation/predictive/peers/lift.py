@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from uplift_diffusers.evaluation.predictive.peers.interface import FeatureUpsampler, doublings, resize
+from uplift_diffusers.scale import size_of
 
 
 class LiFT(FeatureUpsampler):
@@ -32,7 +33,7 @@ class LiFT(FeatureUpsampler):
         self.outc = nn.Conv2d(channels // 2, channels, 1)
 
     def forward(self, features: torch.Tensor, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        for step in range(doublings(tuple(features.shape[2:]), size)):
+        for step in range(doublings(size_of(features), size)):
             if step:
                 image = F.interpolate(image, scale_factor=2, mode="bilinear")
             features = self.step(features, image)

@@ -1,5 +1,8 @@
 """LoftUp: every pixel asks all tokens, in two layers of cross-attention."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -98,7 +101,7 @@ class SineEncoding(nn.Module):
 class _Transformer(nn.Module):
     def __init__(self, width: int, hidden: int, depth: int = 2):
         super().__init__()
-        self.layers = nn.ModuleList(
+        self.layers: Iterable[Any] = nn.ModuleList(
             nn.ModuleList([_CrossAttention(width), _FeedForward(width, hidden)]) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)

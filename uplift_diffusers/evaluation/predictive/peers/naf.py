@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from uplift_diffusers.evaluation.predictive.peers.interface import FeatureUpsampler
+from uplift_diffusers.scale import size_of
 
 HEADS = 4
 GROUPS = 8
@@ -30,7 +31,7 @@ class NAF(FeatureUpsampler):
         self.image_encoder = _ImageEncoder(width)
 
     def forward(self, features: torch.Tensor, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        tokens = tuple(features.shape[2:])
+        tokens = size_of(features)
         if min(tokens) < WINDOW:
             raise ValueError(f"`features` must have at least {WINDOW} tokens a side for NAF, got {tokens}.")
         if features.shape[1] % HEADS:
