@@ -439,5 +439,5 @@ def test_the_page_on_files_has_the_table():
     page = (Path(__file__).parents[2] / "docs" / "files.md").read_text()
     formats = list(dict.fromkeys(OUTPUT_FORMATS.values()))
     for kind, places in KEPT.items():
-        row = f"| {kind} | " + " | ".join(places.get(name, "told") for name in formats) + " |"
+        row = f"| {kind} | " + " | ".join(places.get(name, "reported") for name in formats) + " |"
         assert row in page, row
