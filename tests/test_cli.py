@@ -620,8 +620,8 @@ def test_orientation_of_a_compressed_tiff_is_applied_once(upscale, tmp_path):
 @pytest.mark.parametrize(
     ("size", "scale", "name", "reason"),
     [
-        ((5_001, 5_000), "2", "a.png", "would be enlarged to 10002 x 10000, more than the limit of 100 megapixels"),
-        ((2_501, 2_500), "3", "a.png", "would be enlarged to 10004 x 10000, more than the limit of 100 megapixels"),
+        ((5_001, 5_000), "2", "a.png", "would be upscaled to 10002 x 10000, more than the limit of 100 megapixels"),
+        ((2_501, 2_500), "3", "a.png", "would be upscaled to 10004 x 10000, more than the limit of 100 megapixels"),
         ((9_000, 1), "2", "a.webp", "the output of 18000 x 2 pixels has an edge over the 16383 of a .webp"),
         ((33_000, 1), "2", "a.jpg", "the output of 66000 x 2 pixels has an edge over the 65500 of a .jpg"),
     ],
