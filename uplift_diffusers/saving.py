@@ -39,7 +39,8 @@ def replaced_when_whole(path: str | Path, *, overwrite: bool = True) -> Iterator
 
     Args:
         path: a path in an existing folder.
-        overwrite: replace an existing file. If False, the check is atomic: a file that appears during the block is kept.
+        overwrite: replace an existing file. If False, the check is atomic: a file that appears during the block is
+            kept.
     Raises:
         FileExistsError: the file exists and `overwrite` is False; or `path` is something that is never
             replaced: a link, a named pipe, a socket, a device or a folder.

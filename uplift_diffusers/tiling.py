@@ -3,8 +3,9 @@ Exact tiled execution: the untiled output, with the memory of a tile.
 
 A tile is computed with a halo: the surroundings that it depends on, which follow from the layers
 (`UPLiFTModel.step_reach`, `UPLiFTModel.guide_reach`, `AutoencoderLocal.decoder_reach`). Zero padding affects only the
-halo. At the image's own border there is no halo, and the padding is that of the whole image. What depends on the position
-in the image (the noise and the decoder's bilinear interpolation) gets the tile's position. What remains is float32 rounding.
+halo. At the image's own border there is no halo, and the padding is that of the whole image. What depends on the
+position in the image (the noise and the decoder's bilinear interpolation) gets the tile's position. What remains is
+float32 rounding.
 
 A tile passes through the encoder and all steps with the halos of all steps around it, and is cropped after every
 step to what the next ones need.
@@ -185,8 +186,8 @@ def iterate_tiles(
     """
     The tiles of `model(raw_latents, image=image, num_steps=num_steps, generator=generator).sample`, row by row.
 
-    Apart from latents, image and noise, which have few channels, memory depends only on `tile_size`. Noise is drawn for
-    the whole image, as the model draws it.
+    Apart from latents, image and noise, which have few channels, memory depends only on `tile_size`. Noise is drawn
+    for the whole image, as the model draws it.
 
     Args:
         model: in evaluation mode if it has batch norms. If it is compiled, tiles run compiled code too.
