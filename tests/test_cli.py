@@ -806,7 +806,7 @@ def test_a_device_that_is_not_there_is_an_error(model, tmp_path, capsys, device)
         ({"WORLD_SIZE": "x"}, "WORLD_SIZE must be a whole number of at least 1, got 'x'."),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE must be a whole number of at least 1, got '0'."),
         ({"WORLD_SIZE": "-3"}, "WORLD_SIZE must be a whole number of at least 1, got '-3'."),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE must come with RANK and MASTER_ADDR and MASTER_PORT, got 2 without."),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE must come with RANK and MASTER_ADDR and MASTER_PORT, got 2 without them."),
         ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK must be below WORLD_SIZE, which is 2, got 2."),
         ({"RANK": "first"}, "RANK must be a whole number of at least 0, got 'first'."),
     ],

@@ -96,8 +96,7 @@ def preferred_dtype(device: "torch.device | str") -> "torch.dtype":
     The fastest autocast dtype on `device`.
 
     bfloat16 on a CPU with AVX512_BF16 or AMX (as Linux reports it) and on GPUs that support it, float16 on other GPUs
-    of
-    NVIDIA and AMD, float32 elsewhere: a CPU without these instructions emulates bfloat16 slowly.
+    of NVIDIA and AMD, float32 elsewhere: a CPU without these instructions emulates bfloat16 slowly.
     """
     import torch
 
