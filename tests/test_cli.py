@@ -211,13 +211,13 @@ def test_folder_is_mirrored_and_bad_files_are_named_and_skipped(upscale, tmp_pat
     output = capsys.readouterr()
     assert output.out == "3 written, 4 skipped\n"
     *lines, last = output.err.splitlines()
-    assert last == "Left out, as no images: 1 .txt."
+    assert last == "Skipped, not images: 1 .txt."
     reasons = dict(line.split(": ", 1) for line in lines)
     damaged = reasons.pop(str(photos / "cut.jpg")), reasons.pop(str(photos / "cut.png"))
     assert all(reason.startswith("the image is damaged or cut off (") for reason in damaged)
     assert "rows are missing" in damaged[0]
     assert reasons == {
-        str(photos / "deep" / "text.png"): "not an image, or of a kind that is not read.",
+        str(photos / "deep" / "text.png"): "not an image, or an unsupported format.",
         str(photos / "empty.webp"): "the file is empty.",
     }
 
@@ -308,8 +308,8 @@ def test_inputs_of_one_name_are_named_and_the_others_are_made(upscale, tmp_path,
     output = capsys.readouterr()
     assert output.out == "1 written, 2 skipped\n"
     assert output.err.splitlines() == [
-        f"{sources[0]}: would become the same file as {sources[2]}. Enlarge them one by one.",
-        f"{sources[2]}: would become the same file as {sources[0]}. Enlarge them one by one.",
+        f"{sources[0]}: would become the same file as {sources[2]}. Upscale them one by one.",
+        f"{sources[2]}: would become the same file as {sources[0]}. Upscale them one by one.",
     ]
     assert files_below(tmp_path / "large") == ["b.png"]
 
@@ -348,7 +348,7 @@ def test_nothing_below_a_folder_is_passed_over_in_silence(upscale, tmp_path, cap
     told = dict(line.split(": ", 1) for line in lines)
     assert told.keys() == {str(photos / name) for name in ("closed", "folder", "dangling.png", "pipe.png")}
     assert told[str(photos / "closed")] == "Permission denied."
-    assert last == "Left out, as no images: 2 .txt, 1 no suffix."
+    assert last == "Skipped, not images: 2 .txt, 1 no suffix."
 
 
 def test_control_characters_of_names_never_reach_the_terminal(upscale, tmp_path, capsys):
@@ -495,7 +495,7 @@ def test_a_folder_job_ends_where_nothing_can_be_stored_any_more(upscale, tmp_pat
     assert output.out == "0 written, 3 skipped\n"
     assert output.err.splitlines() == [
         f"{tmp_path / 'large' / 'a.png'}: cannot be written: No space left on device.",
-        "2 more are not begun, for they could not be written either.",
+        "2 more were not started, because they could not be written either.",
     ]
 
 
@@ -568,7 +568,7 @@ def test_a_signal_between_files_keeps_what_is_written(upscale, tmp_path, capsys,
         signal.signal(signal.SIGINT, previous[0])
         signal.signal(signal.SIGHUP, previous[1])
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
-    assert error_line(capsys) == "Interrupted. The outputs written so far are whole."
+    assert error_line(capsys) == "Interrupted. The outputs written so far are complete."
     assert files_below(tmp_path / "large") == ["a.png"]
     assert load(tmp_path / "large" / "a.png").size == (64, 48)
     assert upscale(tmp_path / "photos", "--output", tmp_path / "large") == 0
@@ -597,7 +597,7 @@ def test_a_process_that_is_terminated_leaves_only_whole_files(model, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 143, errors
-    assert errors == "Interrupted. The outputs written so far are whole.\n"
+    assert errors == "Interrupted. The outputs written so far are complete.\n"
     assert output == ""
     written = sorted(large.iterdir())
     assert 1 <= len(written) < 300

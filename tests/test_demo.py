@@ -146,7 +146,7 @@ def test_what_cannot_be_enlarged_is_told_in_a_sentence(visitor, demo, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture at all")
     for path, sentence in (
-        (broken, "Not an image, or of a kind that is not read"),
+        (broken, "Not an image, or an unsupported format"),
         (save_picture(tmp_path / "wide.png", (9_000, 4_000), "white"), "more than the limit of 64 megapixels"),
     ):
         visitor.panel.locator("input[type=file]").set_input_files(path)

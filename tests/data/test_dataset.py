@@ -145,7 +145,7 @@ def test_unreadable_files_are_left_out_and_named(photographs, shards, tmp_path):
     source = FolderSource(tmp_path)
     assert same(crops_of(source), expected)
     assert [problem.removeprefix(f"{tmp_path}/") for problem in source.unreadable] == [
-        "00.jpg: not an image, or of a kind that is not read.",
+        "00.jpg: not an image, or an unsupported format.",
         "empty.png: the file is empty.",
     ]
     with tarfile.open(tmp_path / "all.tar", "w") as archive:
@@ -154,8 +154,8 @@ def test_unreadable_files_are_left_out_and_named(photographs, shards, tmp_path):
     source = TarSource(str(tmp_path / "all.tar"))
     assert same(crops_of(source), expected)
     assert [problem.removeprefix(f"{tmp_path}/") for problem in source.unreadable] == [
-        "all.tar/00.jpg: not an image, or of a kind that is not read.",
-        "all.tar/empty.png: not an image, or of a kind that is not read.",
+        "all.tar/00.jpg: not an image, or an unsupported format.",
+        "all.tar/empty.png: not an image, or an unsupported format.",
     ]
 
 
