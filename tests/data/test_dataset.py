@@ -225,7 +225,7 @@ def test_the_command_ends_with_one_line_where_there_is_nothing_to_train_on(tmp_p
         ({"dataset_name": "a", "streaming": True, "dataloader_num_workers": 1}, "must be 0 with `streaming`"),
         (
             {"dataset_name": "a", "streaming": True, "num_train_epochs": 2, "max_train_steps": None},
-            "`streaming` must have steps and no epochs",
+            "`streaming` must be used with steps, not epochs",
         ),
     ],
 )
