@@ -1,4 +1,4 @@
-"""Reports of the predictive tasks: tables with intervals, every figure as JSON, and a plot; each file whole."""
+"""Reports of the predictive tasks: tables with intervals, all figures as JSON, and a plot, written atomically."""
 
 import dataclasses
 import io
@@ -21,7 +21,7 @@ QUANTITIES = (
     ("peak_bytes", "peak memory (GiB)", 2**-30, "{:.3g}"),
     ("flop", "GFLOP", 1e-9, "{:.1f}"),
 )
-"""Of a cost point: the field, its heading, the factor to its unit, and the format."""
+"""Columns of a cost table: field, heading, factor to its unit, and format."""
 
 
 def write_segmentation_report(counts: dict[str, np.ndarray], run: dict, folder: Path) -> None:
