@@ -787,7 +787,7 @@ def test_embedded_bundle_is_the_default_model(model, tmp_path, capsys, monkeypat
 
     monkeypatch.setattr(upscale_module, "embedded_bundle", lambda: tmp_path / "not installed")
     assert main(["upscale", str(source), "--output", str(tmp_path / "larger.png")]) == 2
-    assert "Name one with --model." in error_line(capsys)
+    assert "Name another one with --model." in error_line(capsys)
 
 
 @pytest.mark.parametrize("device", ["quantum", "meta", "cuda:4096", "auto:1", "", "hpu", "privateuseone"])
