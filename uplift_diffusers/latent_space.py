@@ -427,7 +427,7 @@ def _to_image(sample: torch.Tensor) -> torch.Tensor:
 
 
 def _is_finite(output: torch.Tensor) -> bool:
-    # Not by torch.isfinite, which makes tensors of the size of a picture on the way.
+    # Not with torch.isfinite, which allocates tensors of the size of the image.
     return all(extreme.isfinite().item() for extreme in output.aminmax())
 
 
@@ -443,7 +443,7 @@ def _check_finite(output: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _in_float32(vae: Autoencoder) -> Iterator[None]:
-    """Hold the float16 tensors of `vae` in float32 for the while; the way there and back is exact."""
+    """Convert the float16 tensors of `vae` to float32 within the block; the round trip is exact."""
     halves = [tensor for tensor in (*vae.parameters(), *vae.buffers()) if tensor.dtype == torch.float16]
     if any(tensor.is_meta for tensor in halves) or _is_group_offload_enabled(vae):
         raise ValueError(
@@ -505,7 +505,7 @@ def _identify(vae: Autoencoder, space: LatentSpace) -> str:
 
 
 def _without_weights(space: LatentSpace) -> LatentSpace:
-    """`space` without what stands in the VAE's weights, not in its config."""
+    """`space` without the statistics that are in the VAE's weights and not in its config."""
     return replace(space, patch_mean=None, patch_std=None) if isinstance(space, Flux2LatentSpace) else space
 
 

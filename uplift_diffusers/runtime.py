@@ -6,7 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# torch is imported where it is needed: a command that only asks for its share may have nothing else to do.
+# torch is imported where it is needed: a command that only reads its share may have nothing else to do.
 if TYPE_CHECKING:
     import torch
 

@@ -154,7 +154,7 @@ def _is_running(process: int) -> bool:
 
 @contextmanager
 def _partial(folder: Path) -> Iterator[Path]:
-    """A free name in `folder`; whatever bears it at the end of the block is removed."""
+    """A free name in `folder`. Whatever has this name at the end of the block is removed."""
     path = Path(os.path.abspath(folder), f".uplift-{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.partial")
     _in_progress.add(path)
     try:
@@ -168,14 +168,14 @@ def _partial(folder: Path) -> Iterator[Path]:
 
 
 def _take_name(partial: Path, path: Path) -> None:
-    """Give a file a name that nothing bears. Raises FileExistsError, by the file system, if something does."""
+    """Rename a file to a free name, atomically. Raises FileExistsError if the name is taken."""
     try:
         try:
             os.link(partial, path)
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            # A file system without links: the name is taken with an empty file, which then is replaced.
+            # On a file system without links, an empty file reserves the name and is then replaced.
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             os.replace(partial, path)
     except FileExistsError:
@@ -186,7 +186,7 @@ def _take_name(partial: Path, path: Path) -> None:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Errors of the system in the block name `path`, and not the name that it has until it is whole, or none."""
+    """Let OSErrors in the block name `path` instead of the temporary name or none."""
     try:
         yield
     except OSError as error:
@@ -197,7 +197,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _sync(folder: Path) -> None:
-    """Make what was renamed in `folder` last through a power failure, where the system can."""
+    """Sync renames in `folder` to disk, if the system supports it."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -38,7 +38,7 @@ class Span(NamedTuple):
         return Span(max(self.start - reach, 0), min(self.stop + reach, self.size), self.size)
 
     def finer(self, factor: int) -> "Span":
-        """The same stretch of an axis with `factor` positions in place of one."""
+        """The same stretch of an axis with `factor` times as many positions."""
         return Span(self.start * factor, self.stop * factor, self.size * factor)
 
     def cover(self, factor: int) -> "Span":
@@ -72,7 +72,7 @@ class Window(NamedTuple):
         return Window(self.rows.grow(reach), self.columns.grow(reach))
 
     def finer(self, factor: int) -> "Window":
-        """The same rectangle of a grid with `factor` x `factor` positions in place of one."""
+        """The same rectangle of a grid with `factor` times as many positions along each axis."""
         return Window(self.rows.finer(factor), self.columns.finer(factor))
 
     def cover(self, factor: int) -> "Window":
@@ -296,7 +296,7 @@ def _with_dynamic_sizes(function: Callable) -> Callable:
 
 
 def _place(window: Window, device: torch.device) -> torch.Tensor | None:
-    """See `interpolate_2x`; None for the whole picture."""
+    """See `interpolate_2x`; None for the whole image."""
     rows, columns = window
     if window.shape == (rows.size, columns.size):
         return None

@@ -160,7 +160,7 @@ def _problem_of_target(target: Path) -> str | None:
         return too_long
     try:
         check_output_path(target, overwrite=True)
-    except NotADirectoryError:  # told where the folder is made
+    except NotADirectoryError:  # reported when the folder is made
         return None
     except OSError as error:
         return f"the output {target} cannot be written: {reason(error)}"

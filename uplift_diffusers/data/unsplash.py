@@ -174,7 +174,7 @@ class ImageDownloader:
                 raise Gone(f"HTTP {response.status_code}.")
             kind = response.headers.get("Content-Type", "of no type")
             if not kind.startswith("image/"):
-                raise Failed(f"The answer is no image ({kind}).")
+                raise Failed(f"The answer is not an image ({kind}).")
             body = bytearray()
             for chunk in response.iter_bytes():
                 body += chunk

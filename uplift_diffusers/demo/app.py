@@ -110,7 +110,7 @@ def _what_is_wrong(options: argparse.Namespace) -> str | None:
 
 
 def _serve(options: argparse.Namespace, folder: Path, examples: Path | None, interrupted: threading.Event) -> int:
-    # Gradio reads these when it is imported. Nothing is told to or fetched from the network.
+    # Gradio reads these when it is imported. Nothing is sent to or fetched from the network.
     os.environ.update(
         GRADIO_TEMP_DIR=str(folder),
         GRADIO_ANALYTICS_ENABLED="False",

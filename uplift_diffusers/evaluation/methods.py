@@ -380,7 +380,7 @@ def _load_saved_pipeline(path: str, *, trust_remote_code: bool, **options: bool 
     except AttributeError as error:  # diffusers asks its own module for the class
         raise ValueError(
             f"{path!r} must be a pipeline of a class that diffusers finds, got another one ({error}). Put the file of "
-            f'the class beside {DiffusionPipeline.config_name} and name both there: "_class_name": ["file", "Class"].'
+            f'the class next to {DiffusionPipeline.config_name} and name both there: "_class_name": ["file", "Class"].'
         ) from error
     except ValueError as error:
         if trust_remote_code or "trust_remote_code" not in str(error):

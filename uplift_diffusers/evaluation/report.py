@@ -234,8 +234,8 @@ def _notes(results: Results, run: dict) -> list[str]:
     ]
     if first.costs:
         notes.append(
-            "Seconds are medians after a warm-up, one output at a time, in one process. Peak memory is what a call "
-            "took beyond the weights and all else that was in memory before it."
+            "Seconds are medians after a warm-up, one output at a time, in one process. Peak memory is that of a "
+            "call beyond the weights and everything else in memory before it."
         )
     settings = json.dumps({**run["protocol"], **run["metrics"], "seed": run["seed"]})
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())

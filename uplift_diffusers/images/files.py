@@ -309,7 +309,7 @@ def _append_to_tiff(file: BinaryIO, metadata: Metadata) -> None:
 def _explaining_damage() -> Iterator[None]:
     """Turn errors in the block into those of `open_image`, and suppress warnings."""
     with warnings.catch_warnings():
-        # Pillow warns of sizes that are within the limit here, and of damaged metadata, which is told of elsewhere.
+        # Pillow warns of sizes that are within the limit here, and of damaged metadata, which is reported elsewhere.
         warnings.simplefilter("ignore")
         try:
             yield

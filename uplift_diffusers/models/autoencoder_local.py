@@ -228,7 +228,7 @@ class AutoencoderLocal(ModelMixin, AutoencoderMixin, ConfigMixin):
         return split_into_tiles(size, self.tile_edge if self.use_tiling else max(size))
 
     def _is_tiled(self, size: tuple[int, int]) -> bool:
-        """Whether a picture of `size` (h, w) latents is worked on in tiles, which have no gradient."""
+        """Whether an image of `size` (h, w) latents is processed in tiles, which have no gradient."""
         return self.use_tiling and max(size) > self.tile_edge and not torch.is_grad_enabled()
 
     def _encode(self, sample: torch.Tensor) -> torch.Tensor:

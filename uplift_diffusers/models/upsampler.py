@@ -593,7 +593,7 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         if tuple(image.shape) != expected:
             raise ValueError(
                 f"`image` must be {expected} for `raw_latents` of {tuple(raw_latents.shape)}, "
-                f"got {tuple(image.shape)}. One latent position stands for {factor} x {factor} pixels."
+                f"got {tuple(image.shape)}. One latent position covers {factor} x {factor} pixels."
             )
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(f"`generator` must have one entry for each of the {batch} items, got {len(generator)}.")

@@ -141,7 +141,7 @@ def write_cost_report(points: dict[str, list[CostPoint]], run: dict, folder: Pat
     for axes, (field, heading, unit, _) in zip(figure.subplots(1, 3), QUANTITIES):
         _cost_panel(axes, points, crossings, field, heading, unit)
     notes = (
-        "Seconds are medians after a warm-up, each in a process of its own. Peak memory is what a call took beyond "
+        "Seconds are medians after a warm-up, each in a separate process. Peak memory is that of a call beyond "
         "weights and inputs, its result included. FLOP are those of convolutions, matrix products, products and sums; "
         "what JAFAR and AnyUp compute and discard in their published code is left out. Figures in brackets did not "
         "fit into the limits and are computed: seconds at the speed of the largest call that was measured, memory as "
