@@ -64,7 +64,7 @@ def load_pipeline(
         for part in ("upsampler",) if vae is not None else ("upsampler", "vae"):
             _check_part(model, index, part)
         latent_space = index.get("latent_space") if latent_space is None else latent_space
-    upsampler = _load_upsampler(model, subfolder, dtype)
+    upsampler = load_upsampler(model, subfolder=subfolder, dtype=dtype)
     autoencoder = load_vae(model if vae is None else vae, dtype=dtype)
     try:
         return UPLiFTSuperResolutionPipeline(vae=autoencoder, upsampler=upsampler, latent_space=latent_space)
@@ -96,7 +96,19 @@ def load_vae(path: str | os.PathLike, *, dtype: torch.dtype = torch.float32) -> 
     return _load_model(kind, path, subfolder, config, dtype)
 
 
-def _load_upsampler(path: str | os.PathLike, subfolder: str | None, dtype: torch.dtype) -> UPLiFTModel:
+def load_upsampler(
+    path: str | os.PathLike, *, subfolder: str | None = None, dtype: torch.dtype = torch.float32
+) -> UPLiFTModel:
+    """
+    Load an upsampler, from a local folder or the hub.
+
+    Args:
+        path: a UPLiFTModel, or a checkpoint published by the authors of the paper.
+        subfolder: subfolder of the model in it.
+        dtype: dtype of the weights.
+    Raises:
+        LoadingError: there is no model, it is damaged, or it cannot be reached.
+    """
     config = _read_config(path, "config.json", subfolder)
     if config is not None:
         if config.get("_class_name", UPLiFTModel.__name__) != UPLiFTModel.__name__:

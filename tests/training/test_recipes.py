@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import UNet2DModel
 
-from tests.components import make_flow_unet, smooth_images
+from tests.components import make_flow_unet, make_upsampler, smooth_images
 from tests.training_runs import SPACE, logged, make_photographs, make_vae
 from uplift_diffusers import CFMLatentUpscalePipeline, UPLiFTModel, UPLiFTSuperResolutionPipeline
 from uplift_diffusers.cfm import UNETS, FlowMatchingObjective, enlarge, euler_scheduler, make_unet, noise_context
@@ -237,3 +237,25 @@ def test_the_image_residual_is_fitted_before_the_training(folder):
     again.fit(large)
     fitted, expected = again.model.estimator.state_dict(), task.model.estimator.state_dict()
     assert all(torch.equal(fitted[name], expected[name]) for name in expected)
+
+
+def test_training_goes_on_from_a_trained_upsampler_with_its_own_settings(folder, tmp_path):
+    assert run_command(folder, tmp_path / "first", "lift") == 0
+    first = UPLiFTModel.from_pretrained(tmp_path / "first")
+    vae = make_vae()
+    config = make_config("embedded", "uplift", resolution=64, pretrained_model=str(tmp_path / "first"))
+    task = config.make_task(vae, LatentSpace.of(vae))
+    assert task.model.config.reencode_image  # the LiFT's, not the recipe's
+    assert all(torch.equal(value, first.state_dict()[name]) for name, value in task.model.state_dict().items())
+    assert task.fit is None
+
+
+def test_an_upsampler_of_other_latents_is_not_trained_on(folder, tmp_path, capsys):
+    make_upsampler().save_pretrained(tmp_path / "other")
+    assert run_command(folder, tmp_path / "run", "uplift", pretrained_model=tmp_path / "other") == 1
+    assert "`upsampler` must have been trained for the VAE's latents" in capsys.readouterr().err
+
+
+def test_a_stem_is_not_given_to_a_trained_upsampler():
+    with pytest.raises(ValueError, match="`initial_stem` must not be given with `pretrained_model`"):
+        make_config("embedded", "uplift", pretrained_model="first", initial_stem="stem")

@@ -18,7 +18,7 @@ from uplift_diffusers.cfm import (
 from uplift_diffusers.data.latent_cache import LatentCache
 from uplift_diffusers.data.pyramid import image_pyramid
 from uplift_diffusers.latent_space import Autoencoder, LatentCodec, LatentSpace
-from uplift_diffusers.loading import load_vae
+from uplift_diffusers.loading import load_upsampler, load_vae
 from uplift_diffusers.models.upsampler import UPLiFTModel
 from uplift_diffusers.pipelines.cfm_latent_upscale import CFMLatentUpscalePipeline
 from uplift_diffusers.training.config import Task, TrainingConfig, option, parse_choices, parse_config
@@ -111,6 +111,7 @@ class UpsamplerTrainingConfig(LatentTrainingConfig):
     latent_noise: float = option(1.0, "Standard deviation of the noise added to the input latents, in raw units.")
     pixel_weight: float = option(0.0, "Weight of the L1 loss between the decoded last step and the image.")
     initial_stem: str | None = option(None, "Result of --stage pixels; its stem initialises the encoder's.")
+    pretrained_model: str | None = option(None, "A trained upsampler for these latents to start from.")
     degraded_probability: float = option(0.0, "Share of the input images with JPEG artefacts, noise or blur.")
 
     def __post_init__(self):
@@ -119,25 +120,21 @@ class UpsamplerTrainingConfig(LatentTrainingConfig):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
         check_probability("degraded_probability", self.degraded_probability)
+        if self.initial_stem is not None and self.pretrained_model is not None:
+            raise ValueError("`initial_stem` must not be given with `pretrained_model`, which has a stem.")
 
     def make_task(self, vae: Autoencoder, space: LatentSpace, *, cache: LatentCache | None = None) -> Task:
-        """A new UPLiFTModel; its linear part is fitted before the training."""
+        """
+        A new UPLiFTModel, or the one in `pretrained_model` with its settings, and the recipe's objective.
+
+        The linear part of a new model is fitted before the training.
+        """
         self._check_resolution(space.spatial_factor * 2 ** max(self.depths), f"depth {max(self.depths)}")
-        settings = dict(self.model_settings)
-        stage = None
-        if self.initial_stem is not None:
-            stage = load_stem(self.initial_stem)
-            settings["encoder_stem_channels"] = stage.config.stem_channels
-            settings["encoder_stem_layers"] = stage.config.stem_layers
-            settings["denoise_channel"] = stage.config.denoise_channel
-        model = UPLiFTModel(
-            **settings,
-            latent_channels=space.channels,
-            spatial_factor=space.spatial_factor,
-            latent_space=space.name,
-        )
-        if stage is not None:
-            _start_from(stage, model)
+        if self.pretrained_model is not None:
+            model = load_upsampler(self.pretrained_model)
+            space.check_upsampler(model)
+        else:
+            model = self._make_model(space)
         objective = MultiDepthObjective(
             model,
             vae,
@@ -171,7 +168,26 @@ class UpsamplerTrainingConfig(LatentTrainingConfig):
         if self.validation_data_dir is not None:
             qualities = VALIDATION_QUALITIES if self.degraded_probability else ()
             validate = UpsamplerValidation(upsample, vae, space, self.validation_data_dir, jpeg_qualities=qualities)
-        return Task(model, objective, fit=fit if model.estimator is not None else None, validate=validate)
+        is_fitted = self.pretrained_model is not None or model.estimator is None
+        return Task(model, objective, fit=None if is_fitted else fit, validate=validate)
+
+    def _make_model(self, space: LatentSpace) -> UPLiFTModel:
+        settings = dict(self.model_settings)
+        stage = None
+        if self.initial_stem is not None:
+            stage = load_stem(self.initial_stem)
+            settings["encoder_stem_channels"] = stage.config.stem_channels
+            settings["encoder_stem_layers"] = stage.config.stem_layers
+            settings["denoise_channel"] = stage.config.denoise_channel
+        model = UPLiFTModel(
+            **settings,
+            latent_channels=space.channels,
+            spatial_factor=space.spatial_factor,
+            latent_space=space.name,
+        )
+        if stage is not None:
+            _start_from(stage, model)
+        return model
 
 
 @dataclass(frozen=True, kw_only=True)
