@@ -49,7 +49,7 @@ def load_pipeline(
         model: a saved UPLiFTSuperResolutionPipeline, or a UPLiFTModel, which needs `vae` too.
         vae: a VAE, or a pipeline with a folder `vae`, instead of the model's own.
         latent_space: the latent space that the VAE belongs to, if its configuration does not determine it.
-        dtype: of the weights.
+        dtype: dtype of the weights.
     Returns:
         The pipeline, on the CPU.
     Raises:
@@ -78,7 +78,7 @@ def load_vae(path: str | os.PathLike, *, dtype: torch.dtype = torch.float32) -> 
 
     Args:
         path: a VAE, or a diffusers pipeline, whose folder `vae` is then loaded.
-        dtype: of the weights.
+        dtype: dtype of the weights.
     Raises:
         LoadingError: there is no VAE, it is damaged, or it cannot be reached.
     """
