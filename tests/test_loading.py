@@ -206,4 +206,4 @@ def test_repositories_out_of_reach_are_told_why(hub, monkeypatch):
 @pytest.mark.slow  # the hub's library tries again and again
 def test_a_hub_that_does_not_answer_is_called_that(hub):
     hub.broken = True
-    assert f"is not in the cache, and {hub.url} cannot be reached" in sentence_of("someone/nothing")
+    assert f"not in the cache, and {hub.url} cannot be reached" in sentence_of("someone/nothing")
