@@ -1,5 +1,5 @@
 """
-Enlarge and create pictures in the browser.
+Upscale and generate images in the browser.
 
     python app.py
     python app.py --model UPLiFT-upsampler/uplift_sd1.5vae --vae stable-diffusion-v1-5/stable-diffusion-v1-5

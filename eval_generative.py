@@ -1,5 +1,5 @@
 """
-Measure upscalers on photographs, or on what Stable Diffusion makes of prompts. docs/evaluation.md says how.
+Evaluate upscalers on photographs, or on latents that Stable Diffusion generates from prompts. See docs/evaluation.md.
 
     python eval_generative.py --data_dir photos/val --output_dir report
     accelerate launch --multi_gpu --num_processes 4 eval_generative.py --data_dir photos/val --output_dir report

@@ -1,5 +1,5 @@
 """
-Measure upsamplers of a vision transformer's features: probes, drift, and cost.
+Evaluate upsamplers of a vision transformer's features: probes, drift, and cost.
 
     python eval_predictive.py --task segmentation --backbone facebook/dinov2-small --dataset voc --data_dir VOCdevkit \
         --upsamplers bilinear uplift=tiny-uplift/dinov2-s14 --output_dir report

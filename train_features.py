@@ -1,5 +1,5 @@
 """
-Train an upsampler of the features of a frozen vision transformer.
+Train an upsampler for the features of a frozen vision transformer.
 
     accelerate launch train_features.py --recipe dinov2-s14 --train_data_dir imagenet/train --output_dir runs/dinov2
     accelerate launch train_features.py --recipe small --train_data_dir photos --output_dir runs/small --method lift

@@ -1,20 +1,19 @@
 """
-Time, FLOP and memory of the upsampler, beside the same network in plain PyTorch (`benchmarks/reference.py`).
+Time, FLOP and memory of the upsampler, compared with the same network in plain PyTorch (`benchmarks/reference.py`).
 
     python -m benchmarks.inference --output_dir runs/inference          # 53.5 M parameters, up to 512 -> 2048
-    python -m benchmarks.inference --cases 128x2 128x4 --repeats 15     # the small sizes alone
+    python -m benchmarks.inference --cases 128x2 128x4 --repeats 15     # only the small sizes
     python -m benchmarks.inference --count_memory --cases 512x4 1024x4 2048x4 --methods uplift tiled
     python -m benchmarks.inference --tiny                               # the same command in seconds, to try it
 
-A case EDGExSCALE is an image of EDGE x EDGE pixels whose latents, an eighth of that, are upsampled SCALE times. The
-methods are `plain`, the baseline; `uplift`, the model as it is called without more ado; `tiled`, by `upsample_tiled`;
-`compiled`, by `torch.compile`; and `plain_bf16` and `uplift_bf16`, in bfloat16. They run in one process, in turns,
-with a matrix product of the machine's best between them; peaks are taken in a fresh process for each.
+A case EDGExSCALE is an image of EDGE x EDGE pixels with latents of an eighth of that, which are upsampled by SCALE.
+The methods are `plain`, the baseline; `uplift`, the model with default settings; `tiled`, with `upsample_tiled`;
+`compiled`, with `torch.compile`; and `plain_bf16` and `uplift_bf16`, in bfloat16. They run in one process,
+alternating, with a matrix product as a reference between them; peak memory is measured in a fresh process for each.
 
 Writes results.json, report.md and time.png, and prints the report. The weights are random, from a seed. With
---count_memory nothing is computed: the tensors alive at the peak, beside weights and inputs, are counted while the
-methods run on tensors without data, so that any size can be asked for. What a convolution takes as workspace comes on
-top.
+--count_memory nothing is computed: the methods run on tensors without data, and the live tensors at the peak are
+counted, without weights and inputs, so any size is possible. The workspace of convolutions is not included.
 """
 
 import argparse
@@ -75,11 +74,11 @@ class Measurement:
     One method in one case.
 
     Args:
-        seconds: of every round.
-        flop: of the convolutions and products.
-        matmul_seconds: of a matrix product of `MATMUL_EDGE` in the method's dtype, in the same rounds.
+        seconds: seconds of every round.
+        flop: FLOP of convolutions and products.
+        matmul_seconds: seconds of a matrix product of `MATMUL_EDGE` in the method's dtype, in the same rounds.
         difference: largest absolute difference to the plain network's output, divided by its standard deviation; None
-            where `plain` is not among the methods.
+            without the method `plain`.
         peak_bytes: see `measure.peak_of_call`.
     """
 
@@ -95,7 +94,7 @@ class Measurement:
 
     @property
     def share(self) -> float:
-        """Of the rate of the matrix product."""
+        """Share of the rate of the matrix product."""
         return self.flop / self.median_s / (2 * MATMUL_EDGE**3 / statistics.median(self.matmul_seconds))
 
 
@@ -131,7 +130,7 @@ def make_run(method: str, case: Case, options: argparse.Namespace):
 
 
 def _as_uplift(plain: PlainUPLiFT) -> UPLiFTModel:
-    """The same network as the package has it."""
+    """The same network as a UPLiFTModel."""
     groups = plain.encoder.values()
     with torch.device("meta"):
         model = UPLiFTModel(
@@ -182,7 +181,7 @@ def measure_peak(method: str, case: Case, options: argparse.Namespace) -> int:
 
 
 def count_peak(method: str, case: Case, options: argparse.Namespace) -> int:
-    """Bytes of tensors that the method makes, at its worst."""
+    """Peak bytes of the tensors that the method creates."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         run = make_run(method, case, options)
         with LiveMemory() as memory:
@@ -263,12 +262,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cases", type=Case.parse, nargs="+", metavar="EDGExSCALE")
     parser.add_argument("--methods", choices=METHODS, nargs="+", default=[m for m in METHODS if m != "compiled"])
     parser.add_argument("--repeats", type=int, default=7, help="rounds; the median is reported")
-    parser.add_argument("--max_seconds", type=float, default=240, help="of a case; two rounds are made anyway")
-    parser.add_argument("--tile_size", type=int, help="in pixels (default: 256)")
-    parser.add_argument("--threads", type=int, default=0, help="of PyTorch; 0 leaves it alone")
+    parser.add_argument("--max_seconds", type=float, default=240, help="limit of a case, after two rounds")
+    parser.add_argument("--tile_size", type=int, help="tile size in pixels (default: 256)")
+    parser.add_argument("--threads", type=int, default=0, help="PyTorch threads; 0 for the default")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--count_memory", action="store_true", help="print peaks of memory and compute nothing")
-    parser.add_argument("--no_memory", action="store_true", help="leave the peaks out, which take a process each")
+    parser.add_argument("--count_memory", action="store_true", help="print peak memory and compute nothing")
+    parser.add_argument("--no_memory", action="store_true", help="skip peak memory, which takes a process per method")
     parser.add_argument("--tiny", action="store_true", help="a network of a few thousand parameters, small images")
     options = parser.parse_args(arguments)
     options.cases = options.cases or [

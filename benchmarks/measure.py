@@ -1,4 +1,4 @@
-"""What the benchmarks measure with: interleaved clocks, memory of a fresh process, the machine's own rate."""
+"""Shared measurements of the benchmarks: interleaved timing, memory of a fresh process, the machine's FLOP rate."""
 
 import importlib.metadata
 import multiprocessing
@@ -30,11 +30,12 @@ def interleave(
     functions: dict[str, Callable[[], object]], *, rounds: int, max_seconds: float, device: str
 ) -> dict[str, list[float]]:
     """
-    Seconds of every function in every round, the functions taking turns, so that what else the machine does hits all.
+    Seconds of every function in every round. The functions alternate, so other load on the machine affects all of
+    them.
 
     Args:
-        rounds: how many there are at most; the first two are always made.
-        max_seconds: no other round is begun after it.
+        rounds: maximum number of rounds; the first two are always made.
+        max_seconds: no round starts after this time.
     """
     seconds = {name: [] for name in functions}
     begin = time.perf_counter()
@@ -51,13 +52,13 @@ def interleave(
 
 
 def make_matmul(*, device: str, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-    """A product of two square matrices of `MATMUL_EDGE`, `2 * MATMUL_EDGE**3` FLOP: what the machine can do."""
+    """A product of two square matrices of `MATMUL_EDGE`, `2 * MATMUL_EDGE**3` FLOP: the machine's peak rate."""
     left, right = (torch.randn(MATMUL_EDGE, MATMUL_EDGE, device=device, dtype=dtype) for _ in range(2))
     return lambda: left @ right
 
 
 def count_flop(function: Callable[[], Result]) -> tuple[Result, int]:
-    """The result of `function`, and the FLOP of the convolutions and products that it really computes."""
+    """The result of `function`, and the FLOP of the convolutions and products that it computes."""
     with FlopCounterMode(display=False) as counter:
         result = function()
     return result, counter.get_total_flops()
@@ -65,9 +66,9 @@ def count_flop(function: Callable[[], Result]) -> tuple[Result, int]:
 
 def peak_of_call(function: Callable[[], object], *, device: str) -> int:
     """
-    Bytes that `function` takes at its worst beyond what was held before it, its result included.
+    Peak bytes that `function` uses beyond those in use before, including its result.
 
-    Call it in a fresh process, see [`in_fresh_process`]: memory that was freed before would be used again unseen.
+    Call it in a fresh process, see [`in_fresh_process`]: reuse of memory that was freed before would not be seen.
     """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -83,7 +84,7 @@ def peak_of_call(function: Callable[[], object], *, device: str) -> int:
 
 
 class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of all tensors that live within it, and their peak."""
+    """Counts the bytes of all live tensors created in its context, and their peak."""
 
     def __init__(self):
         super().__init__()
@@ -108,7 +109,7 @@ class LiveMemory(TorchDispatchMode):
 
 
 def peak_resident_bytes() -> int:
-    """The most memory that this process has held."""
+    """The peak memory of this process."""
     status = Path("/proc/self/status")
     if status.is_file():  # getrusage on Linux counts what the process held before it became this program
         peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -131,7 +132,7 @@ def fit_exponent(pixels: list[int], seconds: list[float]) -> float:
 
 
 def environment(device: str) -> dict[str, str | int]:
-    """What the figures depend on."""
+    """Versions and hardware that the figures depend on."""
     versions = {name: importlib.metadata.version(name) for name in ("uplift-diffusers", "torch", "diffusers")}
     return {
         **versions,

@@ -1,10 +1,10 @@
 """
-UPLiFT in plain PyTorch: what the benchmarks compare with.
+UPLiFT in plain PyTorch: the baseline of the benchmarks.
 
-The network for the SD1.5 VAE, written down from the description of the reference line by line and no faster: every
+The network for the SD1.5 VAE, written line by line from the description of the reference, without optimisation: every
 encoder layer at every pixel, tensors in PyTorch's default layout, the n values of each output position gathered before
-they are weighted. Parameters bear the published names, so that a checkpoint loads as it is and
-`uplift_diffusers.models.conversion.convert_state_dict` turns them into those of `UPLiFTModel`.
+they are weighted. Parameters have the published names, so a published checkpoint loads directly, and
+`uplift_diffusers.models.conversion.convert_state_dict` converts them to those of `UPLiFTModel`.
 """
 
 import torch
@@ -151,7 +151,7 @@ class PlainUPLiFT(nn.Module):
             raw_latents: (B, 4, h, w) float, unscaled.
             image: (B, 3, 8h, 8w) float in [0, 1].
             num_steps: number of 2x steps.
-            generator: of the noise, which is drawn on its device.
+            generator: generator of the noise, which is drawn on its device.
         Returns:
             (B, 4, 2h, 2w), (B, 4, 4h, 4w), ...
         """

@@ -1,5 +1,5 @@
 """
-Images per second of one training step, beside a plain reading of the reference's loop, and the memory that it takes.
+Images per second of a training step, compared with a plain version of the reference's loop, and its memory.
 
     python -m benchmarks.training                      # 53.5 M parameters, SD1.5-shaped VAE, crops of 256 px
     python -m benchmarks.training --resolution 512 --device cuda
@@ -9,11 +9,11 @@ Images per second of one training step, beside a plain reading of the reference'
 Speed: `plain` encodes the crop at every size with the VAE and gives every depth a forward pass of the plain network
 (`benchmarks/reference.py`) with its own full-resolution encoder pass. `uplift` is the step of `train_latent.py`, and
 `uplift, cached` the same from the second epoch on with --latent_cache_dir. All train the same weights on the same
-crops with Adam, in one process, in turns.
+crops with Adam, alternating in one process.
 
-Memory: the live tensors of a step, counted while it runs on tensors without data, so that any size can be computed
-anywhere. What a convolution takes as workspace comes on top. --measured runs the step on the CPU instead, in a fresh
-process each, and gives its resident memory beside the count, to check the one with the other.
+Memory: the live tensors of a step, counted while it runs on tensors without data, so any size can be computed
+on any machine. The workspace of convolutions is not included. --measured runs the step on the CPU instead, in a fresh
+process each, and prints its resident memory next to the count, as a check.
 """
 
 import argparse
@@ -52,7 +52,7 @@ TINY = {
 
 
 def make_vae(shape: dict) -> AutoencoderKL:
-    """An AutoencoderKL of Stable Diffusion 1.5's kind with random weights."""
+    """An AutoencoderKL of Stable Diffusion 1.5's shape with random weights."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, **shape["vae"]
     ).requires_grad_(False)
@@ -72,7 +72,7 @@ def multi_depth_loss(
     forward: Callable, targets: list[torch.Tensor], pyramid: list[torch.Tensor], *, generator: torch.Generator
 ) -> torch.Tensor:
     """
-    The loss of all depths by one forward pass for each, from the latents of every size of the image.
+    The loss of all depths with one forward pass for each, from the latents of every size of the image.
 
     `forward(latents, image, num_steps, generator)` gives the result of every 2x step.
     """
@@ -85,7 +85,7 @@ def multi_depth_loss(
 
 
 class PlainObjective:
-    """What the reference does in a step."""
+    """The reference's training step."""
 
     def __init__(self, model: PlainUPLiFT, vae: AutoencoderKL):
         self.model, self.vae = model, vae
@@ -207,12 +207,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--train_batch_size", type=int, default=1)
     parser.add_argument("--gradient_checkpointing", action="store_true", help="of `uplift`")
     parser.add_argument("--rounds", type=int, default=5, help="steps of each")
-    parser.add_argument("--max_seconds", type=float, default=1200, help="no round is begun after it, but for two")
-    parser.add_argument("--threads", type=int, default=0, help="of PyTorch; 0 leaves it alone")
+    parser.add_argument("--max_seconds", type=float, default=1200, help="limit, after two rounds")
+    parser.add_argument("--threads", type=int, default=0, help="PyTorch threads; 0 for the default")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--memory", action="store_true", help="memory instead of speed")
     parser.add_argument("--resolutions", type=int, nargs="+", default=[256, 512, 1024], help="of --memory")
-    parser.add_argument("--measured", action="store_true", help="with --memory: run it")
+    parser.add_argument("--measured", action="store_true", help="with --memory: run the step and measure")
     parser.add_argument("--tiny", action="store_true", help="networks of a few thousand parameters")
     arguments = parser.parse_args(arguments)
     if arguments.threads:

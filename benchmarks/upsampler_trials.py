@@ -1,16 +1,16 @@
 """
-What changes to the embedded upsampler give in a few minutes of training on from its weights.
+Effects of changes to the embedded upsampler after a few more minutes of training.
 
     python -m benchmarks.upsampler_trials --train_data_dir photos/train --validation_data_dir photos/val
     python -m benchmarks.upsampler_trials ... --cpu_minutes 20 --trials "as it is" "no term in decoded pixels"
 
-Every trial starts as the same function: whatever it has beyond the upsampler is added so that it changes nothing at
-first, or hardly anything if it is the neighbourhood (see `grow`). All trials then train for the same CPU time in the
-embedded recipe, but only at depth 1, on the same crops, with Adam and a cosine schedule over that time.
+Every trial starts as the same function: additional parts are initialised so that they change nothing at
+first, or hardly anything in the case of the neighbourhood (see `grow`). All trials then train for the same CPU time
+with the embedded recipe, but only at depth 1, on the same crops, with Adam and a cosine schedule over that time.
 
-Prints the final PSNR on one crop of 256 px of every validation photograph, reduced two and four times, and at 2x with
-a JPEG as input; and the mean weight that the Local Attender gives to the latent in which a position lies (1 is nearest
-neighbour). Effects that need long training do not show here; what a step costs does.
+Prints the final PSNR on one crop of 256 px of every validation photograph, downsampled by 2 and by 4, and at 2x with
+a JPEG as input; and the mean weight that the Local Attender gives to the latent that contains the position (1 is
+nearest neighbour). The comparison includes the cost of a step, but effects that need long training do not show.
 """
 
 import argparse
@@ -49,14 +49,14 @@ CENTRE_LOGIT = 3.0
 @dataclass(frozen=True)
 class Trial:
     """
-    What differs from the embedded recipe.
+    The differences from the embedded recipe.
 
     Args:
         model: settings of the upsampler.
         objective: settings of the objective.
-        batch: images of a step.
-        learning_rate: Adam's, at its peak.
-        new_attender: start the Local Attender again, with the same weights everywhere, most for the centre.
+        batch: images per step.
+        learning_rate: peak learning rate of Adam.
+        new_attender: reset the Local Attender to the same weights everywhere, the largest for the centre.
     """
 
     model: dict = field(default_factory=dict)
@@ -86,11 +86,12 @@ TRIALS = {
 @torch.no_grad()
 def grow(model: UPLiFTModel, source: UPLiFTModel) -> None:
     """
-    Give `model` the weights of `source`, and what it has more such values that it computes the same.
+    Load the weights of `source` into `model`, and initialise its additional parts so that it computes the same
+    function.
 
-    New blocks begin as the identity (their last convolution is zero). New channels begin as a new model's do, and no
-    old channel reads them yet. Of other neighbourhoods, positions that both have keep their weights, and new ones
-    begin with small ones.
+    New blocks start as the identity (their last convolution is zero). New channels are initialised as in a new model,
+    and no old channel reads them yet. If the neighbourhood differs, common positions keep their weights, and new ones
+    start with small weights.
     """
     weights = source.state_dict()
     changes_neighborhood = model.config.neighborhood != source.config.neighborhood
@@ -139,7 +140,7 @@ def reset_attender(model: UPLiFTModel) -> None:
 def train(
     model: UPLiFTModel, trial: Trial, photographs: Photographs, vae: Autoencoder, space: LatentSpace, *, seconds: float
 ) -> int:
-    """Train for so many seconds of the CPU; returns the number of steps."""
+    """Train for a number of CPU seconds; returns the number of steps."""
     objective = MultiDepthObjective(model.train(), vae, space, **{**OBJECTIVE, **trial.objective})
     optimizer = torch.optim.Adam(model.parameters(), lr=trial.learning_rate)
     generator = torch.Generator().manual_seed(0)
@@ -198,9 +199,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_data_dir", required=True)
     parser.add_argument("--validation_data_dir", required=True)
-    parser.add_argument("--model", default=str(embedded_bundle()), help="pipeline whose upsampler is tried")
+    parser.add_argument("--model", default=str(embedded_bundle()), help="pipeline with the upsampler to start from")
     parser.add_argument("--trials", nargs="+", choices=TRIALS, default=list(TRIALS), metavar="NAME")
-    parser.add_argument("--cpu_minutes", type=float, default=5.0, help="of training, for every trial")
+    parser.add_argument("--cpu_minutes", type=float, default=5.0, help="training time of every trial")
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(1)

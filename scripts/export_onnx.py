@@ -22,11 +22,11 @@ from uplift_diffusers.latent_space import LatentCodec
 from uplift_diffusers.models.upsampler import StepNoise
 
 MAX_LATENTS = 4096
-"""Largest edge that the file takes, in latents."""
+"""Largest supported edge, in latents."""
 
 
 class UpsamplerGraph(nn.Module):
-    """Raw latents (B, C, h, w), image (B, 3, fh, fw) in [0, 1] and noise -> raw latents, 2**num_steps as large."""
+    """Raw latents (B, C, h, w), image (B, 3, fh, fw) in [0, 1] and noise -> latents, 2**num_steps times as large."""
 
     def __init__(self, upsampler: UPLiFTModel, num_steps: int):
         super().__init__()
@@ -53,13 +53,13 @@ class ImageGraph(nn.Module):
 
 def export(model: str | os.PathLike, path: str | os.PathLike, *, num_steps: int, upsampler_only: bool) -> None:
     """
-    Write an ONNX file, whole or not at all.
+    Write an ONNX file atomically.
 
     Args:
-        model: a folder or repository: a UPLiFTSuperResolutionPipeline, or a UPLiFTModel for `upsampler_only`.
-        path: of the file.
+        model: a folder or repository: a UPLiFTSuperResolutionPipeline, or a UPLiFTModel with `upsampler_only`.
+        path: path of the file.
         num_steps: number of 2x steps.
-        upsampler_only: leave out the VAE.
+        upsampler_only: export without the VAE.
     """
     if upsampler_only:
         upsampler = UPLiFTModel.from_pretrained(model)
@@ -72,7 +72,7 @@ def export(model: str | os.PathLike, path: str | os.PathLike, *, num_steps: int,
     config, factor = upsampler.config, upsampler.config.spatial_factor
 
     batch, height, width = Dim("batch", max=64), Dim("h", min=2, max=MAX_LATENTS), Dim("w", min=2, max=MAX_LATENTS)
-    # Sizes that no layer has, so that none of them is taken for a constant of the network.
+    # Sizes that occur in no layer, so the exporter does not confuse them with constants of the network.
     raw_latents = torch.rand(2, config.latent_channels, 11, 13)
     arguments = {"image": torch.rand(2, 3, 11 * factor, 13 * factor)}
     shapes = {"image": {0: batch, 2: factor * height, 3: factor * width}}

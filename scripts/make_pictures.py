@@ -1,5 +1,5 @@
 """
-Make the README's picture, crops enlarged four times, bicubic beside the embedded model, and its learning curves.
+Make the README's image (crops at 4x, bicubic next to the embedded model) and the model's learning curves.
 
     python -m scripts.make_pictures
 """

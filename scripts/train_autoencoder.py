@@ -4,7 +4,7 @@ Train the embedded bundle's autoencoder on a folder of photographs.
     accelerate launch -m scripts.train_autoencoder \\
         --train_data_dir photos/train --validation_data_dir photos/val --output_dir runs/vae
 
-It starts from the linear solution (principal components of 8x8 blocks) and learns the convolutional parts beside it.
+It starts from the linear solution (principal components of 8x8 blocks) and trains convolutional residuals.
 """
 
 from collections.abc import Iterator
@@ -39,11 +39,11 @@ class AutoencoderTrainingConfig(TrainingConfig):
     encoder_layers_per_block: tuple[int, ...] = option((2, 3), "Residual blocks of the encoder at 1/4 and at 1/8.")
     decoder_layers_per_block: tuple[int, ...] = option((4, 4), "Residual blocks of the decoder at 1/4 and at 1/8.")
     pretrained_model: str | None = option(
-        None, "Autoencoder to go on from: a local folder. Residual blocks that it lacks start as the identity."
+        None, "Autoencoder to start from: a local folder. Missing residual blocks start as the identity."
     )
-    freeze_encoder: bool = option(False, "Train only the decoder: latents, and upsamplers of them, stay valid.")
+    freeze_encoder: bool = option(False, "Train only the decoder, so latents and their upsamplers stay valid.")
     latent_space: str = option("uplift-embedded", "Name of the latent space, which upsamplers are checked against.")
-    latent_noise: float = option(0.03, "Deviation of the noise on the latents, whose own is about 1.")
+    latent_noise: float = option(0.03, "Standard deviation of the noise on the latents, which have about 1.")
     gradient_weight: float = option(0.5, "Weight of the L1 loss between image gradients.")
 
     def __post_init__(self):
@@ -55,7 +55,7 @@ class AutoencoderTrainingConfig(TrainingConfig):
 
     @contextmanager
     def open_task(self, device: torch.device) -> Iterator[Task]:
-        """A new autoencoder: fitted linearly before the training, or begun from another one."""
+        """A new autoencoder, either fitted linearly before the training or initialised from another one."""
         model = AutoencoderLocal(
             latent_channels=self.latent_channels,
             encoder_layers_per_block=self.encoder_layers_per_block,
@@ -91,7 +91,7 @@ class AutoencoderTrainingConfig(TrainingConfig):
 
 
 class ReconstructionObjective(nn.Module):
-    """L1 + RMSE (per picture) + L1 between horizontal and vertical gradients, with noise on the latents."""
+    """L1 + RMSE (per image) + L1 between horizontal and vertical gradients, with noise on the latents."""
 
     def __init__(self, model: AutoencoderLocal, config: AutoencoderTrainingConfig):
         super().__init__()
@@ -112,7 +112,7 @@ class ReconstructionObjective(nn.Module):
 
 
 def load_pretrained(model: AutoencoderLocal, folder: str) -> None:
-    """Start from another autoencoder of the same widths; residual blocks that it lacks start as the identity."""
+    """Start from another autoencoder of the same widths; missing residual blocks start as the identity."""
     weights = AutoencoderLocal.from_pretrained(folder).state_dict()
     for name, value in model.state_dict().items():
         if name not in weights:
@@ -127,7 +127,7 @@ def blocks_of(crops: torch.Tensor) -> torch.Tensor:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train as the flags say and return the exit code: 0, or 1 after one line on stderr about an expected error."""
+    """Train and return the exit code: 0, or 1 after one line on stderr about an expected error."""
     return run_command(lambda: run(parse_config(AutoencoderTrainingConfig, arguments, description=__doc__), COMMAND))
 
 

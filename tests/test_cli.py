@@ -211,13 +211,13 @@ def test_folder_is_mirrored_and_bad_files_are_named_and_skipped(upscale, tmp_pat
     output = capsys.readouterr()
     assert output.out == "3 written, 4 skipped\n"
     *lines, last = output.err.splitlines()
-    assert last == "Left out, as no images: 1 .txt."
+    assert last == "Skipped, not images: 1 .txt."
     reasons = dict(line.split(": ", 1) for line in lines)
     damaged = reasons.pop(str(photos / "cut.jpg")), reasons.pop(str(photos / "cut.png"))
     assert all(reason.startswith("the image is damaged or cut off (") for reason in damaged)
     assert "rows are missing" in damaged[0]
     assert reasons == {
-        str(photos / "deep" / "text.png"): "not an image, or of a kind that is not read.",
+        str(photos / "deep" / "text.png"): "not an image, or an unsupported format.",
         str(photos / "empty.webp"): "the file is empty.",
     }
 
@@ -308,8 +308,8 @@ def test_inputs_of_one_name_are_named_and_the_others_are_made(upscale, tmp_path,
     output = capsys.readouterr()
     assert output.out == "1 written, 2 skipped\n"
     assert output.err.splitlines() == [
-        f"{sources[0]}: would become the same file as {sources[2]}. Enlarge them one by one.",
-        f"{sources[2]}: would become the same file as {sources[0]}. Enlarge them one by one.",
+        f"{sources[0]}: would become the same file as {sources[2]}. Upscale them one by one.",
+        f"{sources[2]}: would become the same file as {sources[0]}. Upscale them one by one.",
     ]
     assert files_below(tmp_path / "large") == ["b.png"]
 
@@ -348,7 +348,7 @@ def test_nothing_below_a_folder_is_passed_over_in_silence(upscale, tmp_path, cap
     told = dict(line.split(": ", 1) for line in lines)
     assert told.keys() == {str(photos / name) for name in ("closed", "folder", "dangling.png", "pipe.png")}
     assert told[str(photos / "closed")] == "Permission denied."
-    assert last == "Left out, as no images: 2 .txt, 1 no suffix."
+    assert last == "Skipped, not images: 2 .txt, 1 no suffix."
 
 
 def test_control_characters_of_names_never_reach_the_terminal(upscale, tmp_path, capsys):
@@ -497,7 +497,7 @@ def test_a_folder_job_ends_where_nothing_can_be_stored_any_more(upscale, tmp_pat
     assert output.out == "0 written, 3 skipped\n"
     assert output.err.splitlines() == [
         f"{tmp_path / 'large' / 'a.png'}: cannot be written: No space left on device.",
-        "2 more are not begun, for they could not be written either.",
+        "2 more were not started, because they could not be written either.",
     ]
 
 
@@ -570,7 +570,7 @@ def test_a_signal_between_files_keeps_what_is_written(upscale, tmp_path, capsys,
         signal.signal(signal.SIGINT, previous[0])
         signal.signal(signal.SIGHUP, previous[1])
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
-    assert error_line(capsys) == "Interrupted. The outputs written so far are whole."
+    assert error_line(capsys) == "Interrupted. The outputs written so far are complete."
     assert files_below(tmp_path / "large") == ["a.png"]
     assert load(tmp_path / "large" / "a.png").size == (64, 48)
     assert upscale(tmp_path / "photos", "--output", tmp_path / "large") == 0
@@ -599,7 +599,7 @@ def test_a_process_that_is_terminated_leaves_only_whole_files(model, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 143, errors
-    assert errors == "Interrupted. The outputs written so far are whole.\n"
+    assert errors == "Interrupted. The outputs written so far are complete.\n"
     assert output == ""
     written = sorted(large.iterdir())
     assert 1 <= len(written) < 300
@@ -622,8 +622,8 @@ def test_orientation_of_a_compressed_tiff_is_applied_once(upscale, tmp_path):
 @pytest.mark.parametrize(
     ("size", "scale", "name", "reason"),
     [
-        ((5_001, 5_000), "2", "a.png", "would be enlarged to 10002 x 10000, more than the limit of 100 megapixels"),
-        ((2_501, 2_500), "3", "a.png", "would be enlarged to 10004 x 10000, more than the limit of 100 megapixels"),
+        ((5_001, 5_000), "2", "a.png", "would be upscaled to 10002 x 10000, more than the limit of 100 megapixels"),
+        ((2_501, 2_500), "3", "a.png", "would be upscaled to 10004 x 10000, more than the limit of 100 megapixels"),
         ((9_000, 1), "2", "a.webp", "the output of 18000 x 2 pixels has an edge over the 16383 of a .webp"),
         ((33_000, 1), "2", "a.jpg", "the output of 66000 x 2 pixels has an edge over the 65500 of a .jpg"),
     ],
@@ -789,7 +789,7 @@ def test_embedded_bundle_is_the_default_model(model, tmp_path, capsys, monkeypat
 
     monkeypatch.setattr(upscale_module, "embedded_bundle", lambda: tmp_path / "not installed")
     assert main(["upscale", str(source), "--output", str(tmp_path / "larger.png")]) == 2
-    assert "Name one with --model." in error_line(capsys)
+    assert "Name another one with --model." in error_line(capsys)
 
 
 @pytest.mark.parametrize("device", ["quantum", "meta", "cuda:4096", "auto:1", "", "hpu", "privateuseone"])
@@ -808,7 +808,7 @@ def test_a_device_that_is_not_there_is_an_error(model, tmp_path, capsys, device)
         ({"WORLD_SIZE": "x"}, "WORLD_SIZE must be a whole number of at least 1, got 'x'."),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE must be a whole number of at least 1, got '0'."),
         ({"WORLD_SIZE": "-3"}, "WORLD_SIZE must be a whole number of at least 1, got '-3'."),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE must come with RANK and MASTER_ADDR and MASTER_PORT, got 2 without."),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE must come with RANK and MASTER_ADDR and MASTER_PORT, got 2 without them."),
         ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK must be below WORLD_SIZE, which is 2, got 2."),
         ({"RANK": "first"}, "RANK must be a whole number of at least 0, got 'first'."),
     ],

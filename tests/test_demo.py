@@ -141,12 +141,12 @@ def test_several_pictures_become_a_gallery_and_one_zip(visitor, tmp_path):
 @needs_browser
 def test_what_cannot_be_enlarged_is_told_in_a_sentence(visitor, demo, tmp_path):
     visitor.press("Enlarge")
-    visitor.sees("Choose a picture first")
+    visitor.sees("Choose an image first")
 
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture at all")
     for path, sentence in (
-        (broken, "Not an image, or of a kind that is not read"),
+        (broken, "Not an image, or an unsupported format"),
         (save_picture(tmp_path / "wide.png", (9_000, 4_000), "white"), "more than the limit of 64 megapixels"),
     ):
         visitor.panel.locator("input[type=file]").set_input_files(path)
@@ -327,7 +327,7 @@ def test_stable_diffusion_is_downloaded_on_a_click_behind_a_password(browser, tm
 
             hub.broken = True
             page.get_by_role("tab", name="Create").click()
-            page.get_by_text("is not on this machine and the hub does not give it").wait_for()
+            page.get_by_text("is not on this machine and cannot be downloaded").wait_for()
             hub.broken = False
             page.get_by_role("tab", name="Compare").click()
             page.get_by_role("tab", name="Create").click()
@@ -387,7 +387,7 @@ def test_every_bad_value_is_answered_with_a_sentence(demo):
     foreign = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
     prompt = ["a cat", "", 2, 7.5, "1", 2, 0, "somebody/else"]
     cases = [
-        ("enlarge", [None, 2, model], "Choose a picture first."),
+        ("enlarge", [None, 2, model], "Choose an image first."),
         ("enlarge", [[foreign], None, model], "`scale` must be a number from 1.5 to 8, got None."),
         ("enlarge", [[foreign], "2", model], "`scale` must be a number from 1.5 to 8, got '2'."),
         ("enlarge", [[foreign], [2], model], "`scale` must be a number from 1.5 to 8, got [2]."),
@@ -415,7 +415,7 @@ def test_every_bad_value_is_answered_with_a_sentence(demo):
 def test_pictures_of_a_job_and_jobs_of_a_visitor_are_limited(demo, client, tmp_path):
     gradio_client = pytest.importorskip("gradio_client")
     small = upload(save_picture(tmp_path / "small.png"))
-    with pytest.raises(gradio_client.exceptions.AppError, match="At most 20 pictures at a time, got 21"):
+    with pytest.raises(gradio_client.exceptions.AppError, match="At most 20 images at a time, got 21"):
         client.predict(files=[small] * 21, scale=2, api_name="/enlarge")
     large = upload(save_picture(tmp_path / "medium.png", LARGE))
     jobs = [client.submit(files=[large], scale=4, api_name="/enlarge") for _ in range(6)]

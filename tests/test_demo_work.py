@@ -264,7 +264,7 @@ def test_every_kind_of_picture_has_a_preview(tmp_path, mode):
 
 
 def test_a_folder_that_is_no_stable_diffusion_is_told_so(tmp_path):
-    with pytest.raises(ValueError, match="is no diffusers folder of Stable Diffusion"):
+    with pytest.raises(ValueError, match="is not a diffusers folder of Stable Diffusion"):
         Source(str(tmp_path)).find()
 
 

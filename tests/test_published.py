@@ -198,7 +198,7 @@ def test_force_download_replaces_a_damaged_copy_in_the_cache(publish, golden, tm
     UPLiFTModel.from_pretrained(DINOV2)
     (cached,) = (tmp_path / "cache").rglob("*.safetensors")
     cached.resolve().write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=r"not a whole safetensors file.*`force_download=True`"):
+    with pytest.raises(ValueError, match=r"not a complete safetensors file.*`force_download=True`"):
         UPLiFTModel.from_pretrained(DINOV2)
     assert_computes_the_reference(UPLiFTModel.from_pretrained(DINOV2, force_download=True), golden)
 
@@ -223,7 +223,7 @@ def test_pickle_damaged_and_missing_files_are_refused(tmp_path):
         (tmp_path / name).write_bytes(b"\x80\x04.")
     for name, kind, message in (
         ("weights.ckpt", ValueError, "must be a .safetensors file. Pickle checkpoints can run code"),
-        ("cut.safetensors", ValueError, "not a whole safetensors file"),
+        ("cut.safetensors", ValueError, "not a complete safetensors file"),
         ("none.safetensors", FileNotFoundError, "is not a file"),
     ):
         with pytest.raises(kind, match=message):

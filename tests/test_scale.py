@@ -54,9 +54,9 @@ def test_a_scale_is_returned_as_it_is():
         ({}, ValueError, "Exactly one of .* got none"),
         ({"scale": 2, "width": 30}, ValueError, "got scale, width/height"),
         ({"megapixels": 1, "long_side": 30}, ValueError, "got megapixels, long_side"),
-        ({"width": 19}, ValueError, "a width of 19 pixels are asked for of an image of 20 x 10 pixels, .* less"),
+        ({"width": 19}, ValueError, "a width of 19 pixels requested for an image of 20 x 10 pixels, .* smaller"),
         ({"long_side": 321}, ValueError, "more than 16 times as large"),
-        ({"megapixels": 1}, ValueError, "1 megapixels are asked for .* more than 16 times"),
+        ({"megapixels": 1}, ValueError, "1 megapixels requested for .* more than 16 times"),
         ({"width": 30.5}, TypeError, "`width` must be a whole number"),
         ({"long_side": True}, TypeError, "`long_side` must be a whole number"),
         ({"megapixels": float("nan")}, ValueError, "`megapixels` must be from 0 to"),
@@ -70,7 +70,7 @@ def test_a_size_that_cannot_be_met_is_told(arguments, error, sentence):
 
 def test_the_size_that_counts_is_the_one_that_is_made():
     check_output_size((100, 100), 2.5, max_pixels=400 * 400)
-    with pytest.raises(ValueError, match=r"100 x 100 pixels would be enlarged to 400 x 400, more than .* 0.159999"):
+    with pytest.raises(ValueError, match=r"100 x 100 pixels would be upscaled to 400 x 400, more than .* 0.159999"):
         check_output_size((100, 100), 2.5, max_pixels=400 * 400 - 1)
     check_output_size((100, 100), 1, max_pixels=1)  # nothing is made
 

@@ -434,7 +434,7 @@ def test_resizing_by_a_ratio_that_is_not_exact_in_binary_is_refused():
 def test_inputs_that_contradict_each_other_are_refused():
     model, vae = make_model(), make_vae()
     latents, image = make_inputs(model, (2, 2))
-    with pytest.raises(ValueError, match="One latent position stands for 8 x 8 pixels"):
+    with pytest.raises(ValueError, match="One latent position covers 8 x 8 pixels"):
         iterate_tiles(model, latents, image=image[..., 1:], tile_size=64)
     with pytest.raises(ValueError, match="`sample` must be"):
         vae.encode(image[..., 1:])

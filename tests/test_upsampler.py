@@ -207,7 +207,7 @@ def test_a_misspelt_setting_is_refused():
     [
         ({"latents": torch.zeros(1, 4, 3, 4)}, r"`raw_latents` must be \(B, 6, h, w\)"),
         ({"latents": torch.zeros(6, 3, 4)}, r"`raw_latents` must be \(B, 6, h, w\)"),
-        ({"image": torch.zeros(1, 3, 24, 33)}, "One latent position stands for 8 x 8 pixels"),
+        ({"image": torch.zeros(1, 3, 24, 33)}, "One latent position covers 8 x 8 pixels"),
         ({"image": torch.zeros(2, 3, 24, 32)}, "`image` must be"),
         ({"num_steps": 0}, "`num_steps` must be a whole number of at least 1"),
         ({"generator": [generator(0), generator(1)]}, "one entry for each of the 1 items, got 2"),

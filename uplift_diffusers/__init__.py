@@ -1,4 +1,4 @@
-"""uplift-diffusers: make images larger in latent space, with UPLiFT, beside any diffusers pipeline."""
+"""uplift-diffusers: upscale images in latent space with UPLiFT, alone or after any diffusers pipeline."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -54,7 +54,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """Import public names on first use, so that `import uplift_diffusers` is fast."""
+    """Import public names on first use, to keep `import uplift_diffusers` fast."""
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_EXPORTS[name]), name)

@@ -1,4 +1,4 @@
-"""`python -m uplift_diffusers` is `uplift-diffusers`."""
+"""Run `uplift-diffusers` as `python -m uplift_diffusers`."""
 
 import sys
 

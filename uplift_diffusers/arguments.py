@@ -1,4 +1,4 @@
-"""Reading numbers that people pass as arguments: Python's, numpy's, but no bool."""
+"""Checks of numeric arguments: Python's and numpy's numbers are accepted, bools are not."""
 
 import math
 import numbers
@@ -10,12 +10,12 @@ def read_whole_number(name: str, value: object, *, minimum: int = 1) -> int:
     `value` as an int.
 
     Args:
-        name: of the argument, for the error.
-        value: an int or what stands for one, such as a numpy integer; no bool.
-        minimum: the smallest value that is allowed.
+        name: name of the argument, for the error message.
+        value: an int or an equivalent, such as a numpy integer; bools are not accepted.
+        minimum: smallest allowed value.
     Raises:
-        TypeError: not a whole number.
-        ValueError: less than `minimum`.
+        TypeError: `value` is not a whole number.
+        ValueError: `value` is less than `minimum`.
     """
     try:
         if isinstance(value, bool) or type(value).__name__ == "bool":  # numpy's is no subclass of Python's
@@ -33,8 +33,8 @@ def read_number(name: str, value: object, *, minimum: float, maximum: float) -> 
     `value` as a float from `minimum` to `maximum`.
 
     Raises:
-        TypeError: not a number, or a bool.
-        ValueError: NaN, infinite or out of range.
+        TypeError: `value` is not a number, or is a bool.
+        ValueError: `value` is NaN, infinite or out of range.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"`{name}` must be a number, got {type(value).__name__}.")

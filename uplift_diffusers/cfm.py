@@ -1,8 +1,8 @@
 """
 Coupling Flow Matching, the baseline: its path, scheduler, networks and objective.
 
-The path is straight and leads from noised latents of the enlarged image to the latents of the large image. The network
-sees a point on the path beside the context (the latents of the low-resolution image enlarged in pixels) and predicts
+The path is a straight line from noised latents of the upsampled image to the latents of the large image. The network
+gets a point on the path and the context (the latents of the low-resolution image upsampled in pixels) and predicts
 the velocity. All latents here are scaled, as diffusers passes them between pipelines.
 
 Source: Schusterbauer et al. 2024 (arXiv 2312.07360), section 3, and the code they published.
@@ -23,7 +23,7 @@ from uplift_diffusers.models.blocks import start_at_zero
 from uplift_diffusers.scale import size_of
 
 NOISING_STEP = 400
-"""Step of 1,000 of the diffusion process that makes the source from the context."""
+"""Step, out of 1,000, of the diffusion process that makes the source from the context."""
 
 TIMESTEPS = 1000
 """The network's timestep at the end of the path. It is 0 at the start."""
@@ -51,22 +51,24 @@ UNETS = {
 """
 Arguments of UNet2DModel by size.
 
-`published`: the network of CFM's authors: width 128 times 1, 2, 4, 8, three blocks a level. 306 M parameters there and
-331 M here for 4 latent channels, because diffusers' attentions are as wide as their input, not 4 heads of 64.
-`same-parameters`: as many as the embedded bundle's upsampler has, 1.8 M for its 40 latent channels.
-`same-time`: a step of training takes less than one of the embedded bundle's upsampler, 1.0 s against 2 s of one CPU
-core in the embedded recipe, so that in the same time it sees more photographs: 23.7 M. The small
-networks have three levels, for crops are small, and are wide at the top, for there are 80 input channels.
+`published`: the network of CFM's authors: width 128 times 1, 2, 4, 8, three blocks per level. 306 M parameters there
+and 331 M here for 4 latent channels, because diffusers' attention layers are as wide as their input, not 4 heads of
+64. `same-parameters`: as many as the embedded bundle's upsampler, 1.8 M for its 40 latent channels.
+`same-time`: 23.7 M. A training step takes less time than one of the embedded bundle's upsampler, 1.0 s against 2 s of
+one CPU core in the embedded recipe, so it sees more photographs in the same time.
+The small networks have three levels because crops are small, and are wide at the top because there are 80 input
+channels.
 """
 
 
 @cache
 def forward_diffusion() -> DDPMScheduler:
     """
-    The diffusion process that noises the context: the cosine schedule.
+    The diffusion process that adds noise to the context, with the cosine schedule.
 
-    At `NOISING_STEP` it keeps 0.804 of the context and adds noise of deviation 0.595. (The authors' code, which leaves
-    out the schedule's small offset, keeps 0.809; the betas of Stable Diffusion would keep 0.652 and add 0.759.)
+    At `NOISING_STEP` it keeps 0.804 of the context and adds noise of standard deviation 0.595. (The authors' code,
+    which leaves out the schedule's small offset, keeps 0.809; the betas of Stable Diffusion would keep 0.652 and add
+    0.759.)
     Source: Nichol and Dhariwal 2021, equation 17.
     """
     return DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
@@ -106,7 +108,7 @@ def predict_velocity(
     The network's velocity at a point of the path.
 
     Args:
-        unet: takes the point and the context, one after the other along the channels.
+        unet: takes the point and the context, concatenated along the channels.
         point: (B, C, h, w).
         context: (B, C, h, w).
         timestep: (B,) or (), from 0 to `TIMESTEPS`.
@@ -120,14 +122,14 @@ def euler_scheduler() -> FlowMatchEulerDiscreteScheduler:
     """
     diffusers' Euler steps from x0 to x1.
 
-    diffusers counts a path's position by the share of noise, from 1 to 0; inverted, it is the time from 0 to 1, and
-    steps add the velocity instead of subtracting it.
+    diffusers measures the position on a path by the share of noise, from 1 to 0; with `invert_sigmas` it is the time
+    from 0 to 1, and steps add the velocity instead of subtracting it.
     """
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIMESTEPS, invert_sigmas=True)
 
 
 def check_scheduler(scheduler: FlowMatchEulerDiscreteScheduler) -> None:
-    """Raise TypeError or ValueError unless `scheduler` is of the kind and configuration of `euler_scheduler`."""
+    """Raise TypeError or ValueError unless `scheduler` has the class and configuration of `euler_scheduler`."""
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         raise TypeError(f"`scheduler` must be a FlowMatchEulerDiscreteScheduler, got a {type(scheduler).__name__}.")
     for name, value in euler_scheduler().config.items():
@@ -148,10 +150,10 @@ def set_equal_steps(scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, 
 
 def make_unet(size: str, latent_channels: int) -> UNet2DModel:
     """
-    A new U-Net of one of the `UNETS` for latents of `latent_channels`: two of them in, a velocity out.
+    A new U-Net of one of the `UNETS` for `latent_channels`: point and context in, velocity out.
 
-    Attention is only on the coarsest level and in the middle, time enters by scale and shift, and the last
-    convolution starts at zero, all as in the published network.
+    Attention is used only on the coarsest level and in the middle block, time enters by scale and shift, and the last
+    convolution is initialised to zero, all as in the published network.
     """
     settings = UNETS[size]
     levels = len(settings["block_out_channels"])
@@ -169,15 +171,15 @@ def make_unet(size: str, latent_channels: int) -> UNet2DModel:
 
 
 def name_latents(unet: UNet2DModel, space: LatentSpace) -> None:
-    """Write into the U-Net's configuration which latents it is trained for; a UNet2DModel has no argument for that."""
+    """Store in the U-Net's configuration which latents it is trained for; UNet2DModel has no argument for that."""
     unet.register_to_config(_latent_space=space.name)
 
 
 def check_unet(unet: UNet2DModel, space: LatentSpace) -> None:
     """
-    Raise ValueError unless `unet` takes two of the latents of `space`, gives one, and was trained for them.
+    Raise ValueError unless `unet` has the channels for the latents of `space` and was trained for them.
 
-    Of a U-Net that does not say what it was trained for (see `name_latents`) only the shape is checked.
+    If the configuration does not say what it was trained for (see `name_latents`), only the channels are checked.
     """
     expected, actual = (2 * space.channels, space.channels), (unet.config["in_channels"], unet.config["out_channels"])
     if actual != expected:
@@ -194,22 +196,22 @@ def check_unet(unet: UNet2DModel, space: LatentSpace) -> None:
 
 
 def latent_multiple(unet: UNet2DModel) -> int:
-    """Height and width of the latents that `unet` takes are multiples of this."""
+    """The number that height and width of the latents must be multiples of for `unet`."""
     return 2 ** (len(unet.config["block_out_channels"]) - 1)
 
 
 class FlowMatchingObjective(nn.Module):
     """
-    mean((predicted velocity - (x1 - x0))^2) at a time drawn evenly from [0, 1] for every picture.
+    mean((predicted velocity - (x1 - x0))^2) at a time drawn uniformly from [0, 1] for every image.
 
-    The paper trains a network for one factor. Here the factor of a batch is drawn from `depths`, so that one network
-    serves several; the network sees it in the context only.
+    The paper trains a network for one factor. Here the factor of each batch is drawn from `depths`, so one network
+    serves several; it has to infer the factor from the context.
 
     Args:
         model: the U-Net that is trained.
         vae: frozen; makes the context and the target x1.
         space: the VAE's latent space.
-        depths: the low-resolution image has 1/2^d of the resolution, d drawn evenly from these.
+        depths: the low-resolution image has 1/2^d of the resolution, d drawn uniformly from these.
         cache: stored latents of that VAE.
     Source: Schusterbauer et al. 2024, section 3.
     """

@@ -1,4 +1,4 @@
-"""What a vision transformer's features are, and running a frozen one on images of any size."""
+"""FeatureSpace describes a vision transformer's features; FeatureBackbone runs one on images of any size."""
 
 import os
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ MODELS = {
     "dinov3_vit": "DINOv3ViTModel",
     "timm_wrapper": "TimmWrapperModel",
 }
-"""Classes of transformers that are known here, by transformers' model type."""
+"""Supported classes of transformers, by model type."""
 
 KNOWN_SPACES = {
     ("dinov2", 384, 12, 14, False): "dinov2-s14",
@@ -34,7 +34,7 @@ KNOWN_SPACES = {
     ("dinov3_vit", 768, 12, 16, False): "dinov3-b16",
     ("dinov3_vit", 1024, 24, 16, False): "dinov3-l16",
 }
-"""Names by transformers' model type, width, layers, patch size, and whether the MLP is gated."""
+"""Names of feature spaces by model type, width, layers, patch size, and whether the MLP is gated."""
 
 KNOWN_ARCHITECTURES = {
     "vit_small_patch14_dinov2": "dinov2-s14",
@@ -48,14 +48,14 @@ KNOWN_ARCHITECTURES = {
     "vit_base_patch16_dinov3": "dinov3-b16",
     "vit_large_patch16_dinov3": "dinov3-l16",
 }
-"""The same names by timm's name of the architecture."""
+"""Names of feature spaces by timm's architecture name."""
 
 IMAGE_NORMALIZATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "sat493m": ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143)),
 }
-"""Mean and deviation that a backbone's input is normalised with; `sat493m` is that of DINOv3 for satellite images."""
+"""Mean and standard deviation of a backbone's input; `sat493m` is for DINOv3 trained on satellite images."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ class FeatureSpace:
 
         Args:
             model: as for [`FeatureBackbone`].
-            name: declares which space the features belong to, where the config cannot tell: a fine-tuned backbone, or
-                one that is not in the tables above.
+            name: which space the features belong to, if the config does not determine it: for a fine-tuned backbone,
+                or one that is not in the tables above.
         Raises:
-            TypeError: another kind of model.
+            TypeError: `model` is of another class.
         """
         network: Any = _supported(model)
         config = network.config
@@ -107,7 +107,7 @@ class FeatureSpace:
         return cls(name or known, channels, patch_size)
 
     def check_upsampler(self, upsampler: ModelMixin) -> None:
-        """Raise ValueError, saying what was wanted and what was got, unless `upsampler` was trained for this space."""
+        """Raise ValueError unless `upsampler` was trained for this space."""
         config = upsampler.config
         wanted = (config.latent_space, config.latent_channels, config.spatial_factor)
         if wanted == (self.name, self.channels, self.patch_size):
@@ -124,11 +124,11 @@ class FeatureSpace:
 
 class EncodedImage(NamedTuple):
     """
-    What a backbone makes of an image.
+    The output of a backbone.
 
     Args:
         features: (B, C, h, w), the last hidden state after the final norm.
-        cls_token: (B, C), or None where the backbone has none.
+        cls_token: (B, C), or None if the backbone has none.
     """
 
     features: torch.Tensor
@@ -139,18 +139,18 @@ class FeatureBackbone:
     """
     Runs one frozen vision backbone.
 
-    A Dinov2Model interpolates its position embeddings without antialiasing, timm and the published upsamplers with
-    it; the difference is 7 % of the embeddings at 448 px and 34 % at 224 px. So `model`, this one object, does as
-    timm does from then on. The other classes do so already, or have rotary positions.
+    A Dinov2Model interpolates its position embeddings without antialiasing, but timm and the published upsamplers use
+    it; the difference is 7 % of the embeddings at 448 px and 34 % at 224 px. So this object, `model`, is modified to
+    interpolate as timm does. The other classes already do, or have rotary embeddings.
 
     Args:
         model: a Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel or TimmWrapperModel, put into evaluation mode.
-        feature_space: declares which feature space the features belong to, see [`FeatureSpace.of`].
-        image_normalization: one of `IMAGE_NORMALIZATIONS`; by default the backbone's own: what timm's configuration
-            says, ImageNet's for the DINO models of transformers.
+        feature_space: which feature space the features belong to, see [`FeatureSpace.of`].
+        image_normalization: one of `IMAGE_NORMALIZATIONS`; by default that of timm's configuration, or ImageNet's for
+            the DINO models of transformers.
     Raises:
-        TypeError: another kind of model.
-        ValueError: an unknown normalisation, or a timm model that takes images of one size only.
+        TypeError: `model` is of another class.
+        ValueError: the normalisation is unknown, or a timm model takes images of one size only.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class FeatureBackbone:
         Load a backbone from a folder or the hub: a transformers model, or a timm model of the hub's `timm/...`.
 
         Raises:
-            TypeError: a model of another kind, before its weights are loaded.
+            TypeError: the model is of another class; raised before its weights are loaded.
             OSError: there is no such model.
         """
         from transformers import AutoConfig, AutoModel
@@ -210,7 +210,7 @@ class FeatureBackbone:
 
     def resize(self, image: torch.Tensor) -> torch.Tensor:
         """
-        (B, 3, H, W) -> the same with each side at the nearest multiple of the patch size, bilinear and antialiased.
+        Resize (B, 3, H, W) so that each side is the nearest multiple of the patch size, bilinear and antialiased.
 
         Raises:
             ValueError: the image is smaller than a patch.
@@ -220,7 +220,7 @@ class FeatureBackbone:
         if min(height, width) < patch:
             raise ValueError(
                 f"`image` must be at least one patch of {patch} x {patch} pixels, got {height} x {width}. "
-                "Enlarge it first."
+                "Resize it first."
             )
         return resize_bilinear(image, (round(height / patch) * patch, round(width / patch) * patch))
 
@@ -229,7 +229,7 @@ class FeatureBackbone:
         Encode an image to features.
 
         Args:
-            image: (B, 3, H, W) float in [0, 1], of any size from one patch on; see `resize`.
+            image: (B, 3, H, W) float in [0, 1], of at least one patch; see `resize`.
         Returns:
             (B, C, h, w), dtype and device of the model, without gradient: the last hidden state after the final norm,
             without CLS and register tokens.
@@ -240,7 +240,7 @@ class FeatureBackbone:
 
     @torch.no_grad()
     def encode_with_cls(self, image: torch.Tensor) -> EncodedImage:
-        """The same, with the CLS token."""
+        """As `encode`, with the CLS token."""
         image = self.resize(image)
         mean, std = (image.new_tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
         pixel_values = ((image - mean) / std).to(self.model.dtype)
@@ -256,7 +256,7 @@ class FeatureBackbone:
 
 
 def resize_bilinear(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resize (B, C, H, W) to `size` (height, width), bilinear, antialiased where it gets smaller."""
+    """Resize (B, C, H, W) to `size` (height, width), bilinear, antialiased when downsampling."""
     if tuple(image.shape[2:]) == tuple(size):
         return image
     # In float32: on a CPU there is no antialiasing in bfloat16.
@@ -264,7 +264,7 @@ def resize_bilinear(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _supported(model: "PreTrainedModel") -> "PreTrainedModel":
-    """The network itself, not compiled. Raises TypeError unless it is of one of the classes that are known here."""
+    """The original of a compiled network. Raises TypeError unless it is of a supported class."""
     network = getattr(model, "_orig_mod", model)
     if not any(kind.__name__ in MODELS.values() for kind in type(network).__mro__):
         raise TypeError(

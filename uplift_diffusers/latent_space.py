@@ -1,4 +1,4 @@
-"""LatentSpace, what a VAE's latents are; LatentCodec, which runs any of diffusers' image autoencoders."""
+"""LatentSpace describes a VAE's latents; LatentCodec runs any of diffusers' image autoencoders."""
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +35,7 @@ Factor = float | tuple[float, ...]
 Model = TypeVar("Model", bound=ModelMixin)
 
 PACKING = 2
-"""Edge of the patches of latents that transformers see as one token."""
+"""Edge of the latent patches that transformers treat as one token."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,16 @@ class LatentSpace:
     """
     The latents of a VAE.
 
-    Raw latents are what upsamplers see: the posterior's mode, unscaled, always (B, channels, h, w). Latents (without
-    "raw") are scaled as diffusers' denoisers see them: `(raw_latents - shift_factor) * scaling_factor`. What its
-    pipelines return with `output_type="latent"` may have another layout on top of that; see `read`.
+    Raw latents are the input of upsamplers: the posterior's mode, unscaled, always (B, channels, h, w). Latents
+    (without "raw") are scaled as for diffusers' denoisers: `(raw_latents - shift_factor) * scaling_factor`. Pipelines
+    called with `output_type="latent"` may also return another layout; see `read`.
 
     Args:
         name: the identity that an upsampler's `config.latent_space` is compared with.
         channels: channels of the latents.
         spatial_factor: image pixels per latent position, along each axis.
-        scaling_factor: one for all channels, or one for each.
-        shift_factor: likewise.
+        scaling_factor: one for all channels, or one per channel.
+        shift_factor: one for all channels, or one per channel.
     """
 
     name: str
@@ -68,12 +68,12 @@ class LatentSpace:
 
         Args:
             vae: one of the classes of `Autoencoder`.
-            name: declares which space the VAE's latents belong to, for a VAE that cannot be told by its config: a
-                fine-tuned one, or an AutoencoderTiny, whose config does not say which VAE it stands in for.
+            name: which space the VAE's latents belong to, for a VAE that cannot be identified by its config: a
+                fine-tuned one, or an AutoencoderTiny, as its config does not name the VAE that it replaces.
         Raises:
-            TypeError: another kind of VAE.
-            ValueError: the VAE contradicts the space it is declared to be of, encodes other than RGB images, or is an
-                AutoencoderKL with a mean and a deviation for each channel.
+            TypeError: `vae` is of another class.
+            ValueError: the VAE does not match the space called `name`, does not encode RGB images, or is an
+                AutoencoderKL with a mean and a standard deviation per channel.
         """
         vae = unwrap_compiled(vae)
         if not isinstance(vae, Autoencoder):
@@ -88,7 +88,7 @@ class LatentSpace:
                 f"{space.spatial_factor}."
             )
         if isinstance(vae, AutoencoderTiny) and declared is not None:
-            # Tiny autoencoders are trained on the scaled latents of the VAE they stand in for.
+            # Tiny autoencoders are trained on the scaled latents of the VAE that they replace.
             return declared
         return replace(space, name=name or _identify(vae, space))
 
@@ -98,20 +98,20 @@ class LatentSpace:
         return self.channels, self.spatial_factor
 
     def normalize(self, raw_latents: torch.Tensor) -> torch.Tensor:
-        """Raw latents (B, C, h, w) -> latents (B, C, h, w), scaled as diffusers' denoisers see them."""
+        """Raw latents (B, C, h, w) -> latents (B, C, h, w), scaled as for diffusers' denoisers."""
         shift, scale = _broadcast(self.shift_factor, raw_latents), _broadcast(self.scaling_factor, raw_latents)
         return (raw_latents - shift) * scale
 
     def denormalize(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents (B, C, h, w), scaled as diffusers' denoisers see them -> raw latents (B, C, h, w)."""
+        """Latents (B, C, h, w), scaled as for diffusers' denoisers -> raw latents (B, C, h, w)."""
         return latents / _broadcast(self.scaling_factor, latents) + _broadcast(self.shift_factor, latents)
 
     def read(self, latents: torch.Tensor, *, size: tuple[int, int]) -> torch.Tensor:
         """
-        What a diffusers pipeline returns with `output_type="latent"` -> raw latents.
+        The output of a diffusers pipeline with `output_type="latent"` -> raw latents.
 
         Args:
-            latents: (B, C, h, w), (B, C, 1, h, w), or packed, (B, h/2 * w/2, 4C): 2x2 patches in rows.
+            latents: (B, C, h, w), (B, C, 1, h, w), or packed, (B, h/2 * w/2, 4C): 2x2 patches, row by row.
             size: (h, w), as `check_layout` returns it.
         Returns:
             (B, C, h, w), dtype of `latents`.
@@ -129,8 +129,8 @@ class LatentSpace:
         The inverse of `read`.
 
         Args:
-            raw_latents: (B, C, h, w); h and w even if they are to be packed.
-            ndim: of the layout: 4, 5, or 3 for packed latents.
+            raw_latents: (B, C, h, w); to be packed, h and w have to be even.
+            ndim: rank of the layout: 4, 5, or 3 for packed latents.
         """
         latents = self.normalize(raw_latents)
         if ndim == 3:
@@ -144,14 +144,14 @@ class LatentSpace:
         Check latents in any layout that `read` takes.
 
         Args:
-            latents: what a diffusers pipeline returned with `output_type="latent"`.
-            height, width: of the image in pixels, as that pipeline was called; packed latents do not say them.
+            latents: output of a diffusers pipeline with `output_type="latent"`.
+            height, width: size of the image in pixels, as passed to that pipeline; required for packed latents.
         Returns:
             (h, w) in latents.
         Raises:
             TypeError: `latents` are not a tensor; `height` or `width` is not a whole number.
-            ValueError: they are not finite, have another shape, or belong to an image of another size; packed ones
-                without `height` and `width`.
+            ValueError: `latents` are not finite, have another shape, or belong to an image of another size; or they
+                are packed, and `height` and `width` are missing.
         """
         _check_tensor(latents)
         shape, channels = tuple(latents.shape), self.channels
@@ -170,7 +170,7 @@ class LatentSpace:
             )
         size = size_of(latents)
         if given:
-            # Rounded down to whole patches, as the pipelines round the size that they are called with.
+            # Rounded down to whole patches, as the pipelines do with `height` and `width`.
             step = self.spatial_factor * (PACKING if is_packed else 1)
             rows, columns = (
                 read_whole_number(name, value, minimum=step) // step
@@ -197,7 +197,7 @@ class LatentSpace:
         _check_all_finite(latents)
 
     def check_upsampler(self, upsampler: ModelMixin) -> None:
-        """Raise ValueError, saying what was wanted and what was got, unless `upsampler` was trained for this space."""
+        """Raise ValueError unless `upsampler` was trained for this space."""
         config = upsampler.config
         wanted = (config.latent_space, config.latent_channels, config.spatial_factor)
         if wanted == (self.name, self.channels, self.spatial_factor):
@@ -215,13 +215,13 @@ class LatentSpace:
 @dataclass(frozen=True)
 class Flux2LatentSpace(LatentSpace):
     """
-    The latents of FLUX.2, whose 2x2 patches the denoiser sees normalized by the VAE's batch-norm statistics.
+    The latents of FLUX.2. The denoiser gets 2x2 patches, normalized by the VAE's batch-norm statistics.
 
     `Flux2Pipeline` returns packed, normalized latents; `Flux2KleinPipeline` raw ones, (B, C, h, w).
 
     Args:
-        patch_mean, patch_std: 4C values, of every channel at every position of a patch. An AutoencoderTiny has none:
-            it reads raw latents only.
+        patch_mean, patch_std: 4C values, one per channel and patch position. An AutoencoderTiny has none and takes raw
+            latents only.
     """
 
     patch_mean: tuple[float, ...] | None = None
@@ -285,25 +285,25 @@ KNOWN_SPACES = {
     )
 }
 """
-Latent spaces told by channels, spatial factor, scale and shift.
+Known latent spaces, identified by channels, spatial factor, scale and shift.
 
-sd15-vae is that of Stable Diffusion 1.x and 2.x; flux-vae of FLUX.1 and Z-Image; flux2-vae of FLUX.2, dev and klein;
-wan21-vae of Wan 2.1 and of Qwen-Image, whose VAE has the encoder of Wan 2.1 and a decoder trained for images.
+sd15-vae: Stable Diffusion 1.x and 2.x. flux-vae: FLUX.1 and Z-Image. flux2-vae: FLUX.2 dev and klein. wan21-vae: Wan
+2.1 and Qwen-Image, which has the encoder of Wan 2.1 and a decoder trained for images.
 """
 
 
 class LatentCodec:
     """
-    Encodes and decodes through one VAE, between images in [0, 1] and raw latents.
+    Converts between images in [0, 1] and raw latents with one VAE.
 
-    A float16 VAE whose output is not finite runs again in float32, with a warning, and is float16 again afterwards.
-    The SDXL VAE runs in float32 at once if its config has `force_upcast`, as in diffusers' pipelines. For other VAEs
-    the flag says nothing, for it is AutoencoderKL's default.
+    If a float16 VAE gives an output that is not finite, it runs again in float32, with a warning, and is cast back
+    afterwards. The SDXL VAE runs in float32 from the start if its config has `force_upcast`, as in diffusers'
+    pipelines. For other VAEs the flag is ignored, because it is AutoencoderKL's default.
 
     Args:
-        vae: one of the classes of `Autoencoder`. One for videos is given pictures of one frame.
-        latent_space: the space, or the name of the space, that the VAE's latents belong to, where its config does not
-            say it; see `LatentSpace.of`.
+        vae: one of the classes of `Autoencoder`. A video VAE gets single frames.
+        latent_space: the space, or the name of the space, that the VAE's latents belong to, if its config does not
+            determine it; see `LatentSpace.of`.
     Raises:
         TypeError, ValueError: as `LatentSpace.of`.
     """
@@ -316,15 +316,15 @@ class LatentCodec:
         """
         Encode (B, 3, H, W) in [0, 1], H and W multiples of `spatial_factor`, to raw latents (B, C, h, w).
 
-        A KL autoencoder gives its posterior's mode: nothing here is random.
+        A KL autoencoder gives its posterior's mode, so the result is deterministic.
 
         Raises:
-            ValueError: the output is not finite, in float32 either.
+            ValueError: the output is not finite, even in float32.
         """
         return self._run_finite(self.encode_sample, image * 2 - 1)
 
     def encode_sample(self, sample: torch.Tensor) -> torch.Tensor:
-        """Raw latents of (B, 3, H, W) in [-1, 1] in the VAE's dtype, not checked."""
+        """(B, 3, H, W) in [-1, 1] in the VAE's dtype -> raw latents, without checks."""
         output: Any = self.vae.encode(sample.unsqueeze(2) if self._is_video else sample)
         if hasattr(output, "latent_dist"):
             mode = output.latent_dist.mode()
@@ -334,7 +334,7 @@ class LatentCodec:
         return output.latent
 
     def native(self, raw_latents: torch.Tensor) -> torch.Tensor:
-        """Raw latents -> what `vae.decode` takes: scaled for an AutoencoderTiny, one frame for a VAE for videos."""
+        """Raw latents -> the input of `vae.decode`: scaled for an AutoencoderTiny, one frame for a video VAE."""
         if isinstance(unwrap_compiled(self.vae), AutoencoderTiny):
             return self.space.write(raw_latents)
         return raw_latents.unsqueeze(2) if self._is_video else raw_latents
@@ -348,21 +348,21 @@ class LatentCodec:
         Decode raw latents (B, C, h, w) to float32 images (B, 3, H, W) in [0, 1].
 
         Raises:
-            ValueError: the output is not finite, in float32 either.
+            ValueError: the output is not finite, even in float32.
         """
         return _to_image(self._run_finite(self.decode_sample, raw_latents))
 
     def decode_sample(self, raw_latents: torch.Tensor) -> torch.Tensor:
-        """What the VAE decodes raw latents of its dtype to: (B, 3, H, W), about [-1, 1], not checked."""
+        """Raw latents in the VAE's dtype -> (B, 3, H, W), about [-1, 1], without checks."""
         decode: Callable[..., Any] = self.vae.decode
         sample = decode(self.native(raw_latents)).sample
         return sample[:, :, 0] if self._is_video else sample
 
     def resize(self, raw_latents: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """
-        Raw latents of the same picture at another size: decoded, resized in pixels, encoded again.
+        Raw latents of the same image at another size: decoded, resized in pixels, encoded again.
 
-        Interpolated latents decode to blur; what this costs is one round trip through the VAE.
+        This costs one round trip through the VAE; interpolated latents would decode to a blur.
 
         Args:
             raw_latents: (B, C, h, w).
@@ -376,7 +376,7 @@ class LatentCodec:
         return self.encode(resize(self.decode(raw_latents), (height, width)))
 
     def count_strips(self, size: tuple[int, int]) -> int:
-        """How many strips `decode_strips` gives for latents of `size` (h, w)."""
+        """The number of strips that `decode_strips` gives for latents of `size` (h, w)."""
         if self._decodes_in_strips:
             return self.vae.count_strips(size)
         return 1
@@ -387,11 +387,11 @@ class LatentCodec:
 
     def decode_strips(self, raw_latents: torch.Tensor) -> Iterator[torch.Tensor]:
         """
-        The rows of what `decode` gives, from top to bottom.
+        The output of `decode` in strips of rows, from top to bottom.
 
         Returns:
-            An iterator over (B, 3, rows, W): strips if the VAE decodes in strips, else the whole picture. It is whole
-            in float16 too, where an overflow anywhere concerns all of it.
+            An iterator over (B, 3, rows, W): strips if the VAE decodes in strips, else the whole image. In float16 it
+            is always the whole image, because an overflow anywhere means decoding everything again.
         """
         if not self._decodes_in_strips:
             yield self.decode(raw_latents)
@@ -410,7 +410,7 @@ class LatentCodec:
             if vae.dtype == torch.float16:
                 logger.warning(
                     "`vae` overflowed in float16 and runs again in float32. Load it in float32 or bfloat16, or use "
-                    "one made for float16, to save the time."
+                    "one made for float16, which is faster."
                 )
         if vae.dtype == torch.float16:
             with _in_float32(vae):
@@ -419,7 +419,7 @@ class LatentCodec:
 
 
 def unwrap_compiled(model: Model) -> Model:
-    """The model that `torch.compile` was given, or `model` if it is not compiled."""
+    """The original of a model compiled by `torch.compile`, or `model` if it is not compiled."""
     return getattr(model, "_orig_mod", model)
 
 
@@ -429,7 +429,7 @@ def _to_image(sample: torch.Tensor) -> torch.Tensor:
 
 
 def _is_finite(output: torch.Tensor) -> bool:
-    # Not by torch.isfinite, which makes tensors of the size of a picture on the way.
+    # Not with torch.isfinite, which allocates tensors of the size of the image.
     return all(extreme.isfinite().item() for extreme in output.aminmax())
 
 
@@ -438,14 +438,14 @@ def _check_finite(output: torch.Tensor) -> torch.Tensor:
     if not _is_finite(output):
         raise ValueError(
             f"`vae` must give finite values, got NaN or infinity in {output.dtype}. "
-            "Its weights or what it was given are broken."
+            "Its weights or its input are broken."
         )
     return output
 
 
 @contextmanager
 def _in_float32(vae: Autoencoder) -> Iterator[None]:
-    """Hold the float16 tensors of `vae` in float32 for the while; the way there and back is exact."""
+    """Convert the float16 tensors of `vae` to float32 within the block; the round trip is exact."""
     halves = [tensor for tensor in (*vae.parameters(), *vae.buffers()) if tensor.dtype == torch.float16]
     if any(tensor.is_meta for tensor in halves) or _is_group_offload_enabled(vae):
         raise ValueError(
@@ -508,7 +508,7 @@ def _identify(vae: Autoencoder, space: LatentSpace) -> str:
 
 
 def _without_weights(space: LatentSpace) -> LatentSpace:
-    """`space` without what stands in the VAE's weights, not in its config."""
+    """`space` without the statistics that are in the VAE's weights and not in its config."""
     return replace(space, patch_mean=None, patch_std=None) if isinstance(space, Flux2LatentSpace) else space
 
 

@@ -1,4 +1,4 @@
-"""Loading what a person names: a VAE, or a pipeline that enlarges. What is wrong with it is told in one sentence."""
+"""Loading a VAE or an upscaling pipeline by folder or hub name, with one-sentence errors."""
 
 import json
 import logging
@@ -28,11 +28,11 @@ from uplift_diffusers.pipelines.super_resolution import UPLiFTSuperResolutionPip
 from uplift_diffusers.wording import reason
 
 MAX_CONFIG_NUMBER = 1_000_000
-"""The largest whole number of a network's configuration: beyond it lie damage and attacks, no widths or depths."""
+"""Largest number accepted in a network's configuration; larger ones are damage or an attack."""
 
 
 class LoadingError(OSError):
-    """What was named cannot be loaded. The message is one sentence that names it and says why."""
+    """A model cannot be loaded. The message is one sentence that names it and says why."""
 
 
 def load_pipeline(
@@ -43,17 +43,17 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
 ) -> UPLiFTSuperResolutionPipeline:
     """
-    Load a pipeline that enlarges, from local folders or the hub. Weights are read from safetensors only.
+    Load an upscaling pipeline from local folders or the hub. Weights are read from safetensors only.
 
     Args:
         model: a saved UPLiFTSuperResolutionPipeline, or a UPLiFTModel, which needs `vae` too.
         vae: a VAE, or a pipeline with a folder `vae`, instead of the model's own.
-        latent_space: the name of the latent space that the VAE belongs to, where its configuration does not say so.
-        dtype: of the weights.
+        latent_space: the latent space that the VAE belongs to, if its configuration does not determine it.
+        dtype: dtype of the weights.
     Returns:
         The pipeline, on the CPU.
     Raises:
-        LoadingError: something of it is missing, damaged, of another kind or out of reach.
+        LoadingError: a part is missing, damaged, of another kind or cannot be reached.
     """
     index = _read_config(model, "model_index.json")
     subfolder = None
@@ -78,9 +78,9 @@ def load_vae(path: str | os.PathLike, *, dtype: torch.dtype = torch.float32) -> 
 
     Args:
         path: a VAE, or a diffusers pipeline, whose folder `vae` is then loaded.
-        dtype: of the weights.
+        dtype: dtype of the weights.
     Raises:
-        LoadingError: there is neither, it is damaged, or it is out of reach.
+        LoadingError: there is no VAE, it is damaged, or it cannot be reached.
     """
     config, subfolder = _read_config(path, "config.json"), None
     if config is None:
@@ -103,11 +103,11 @@ def load_upsampler(
     Load an upsampler, from a local folder or the hub.
 
     Args:
-        path: a UPLiFTModel, or a checkpoint that the authors of the paper published.
-        subfolder: where in it the model lies.
-        dtype: of the weights.
+        path: a UPLiFTModel, or a checkpoint published by the authors of the paper.
+        subfolder: subfolder of the model in it.
+        dtype: dtype of the weights.
     Raises:
-        LoadingError: there is none, it is damaged, or it is out of reach.
+        LoadingError: there is no model, it is damaged, or it cannot be reached.
     """
     config = _read_config(path, "config.json", subfolder)
     if config is not None:
@@ -125,7 +125,7 @@ def _load_model(
 ) -> Any:
     place = f"{path}/{subfolder}" if subfolder else f"{path}"
     if (too_large := _largest_number(config)) > MAX_CONFIG_NUMBER:
-        raise LoadingError(f"{place} cannot be loaded: its configuration has the number {too_large:.6g}.")
+        raise LoadingError(f"{place} cannot be loaded: its configuration has the implausible number {too_large:.6g}.")
     folder = Path(path, subfolder or "")
     pickles = [file.name for file in folder.glob("*") if file.suffix in (".bin", ".ckpt", ".pt", ".pth")]
     if pickles and not any(folder.glob("*.safetensors*")):
@@ -145,7 +145,7 @@ def _load_model(
 
 
 def _read_config(path: str | os.PathLike, name: str, subfolder: str | None = None) -> dict | None:
-    """The JSON object of a file of a folder or repository, None where there is no such file."""
+    """The JSON object in a file of a folder or repository; None if there is no such file."""
     if not os.path.exists(path):
         file = _fetch(path, name, subfolder)
     elif os.path.isdir(path):
@@ -166,7 +166,7 @@ def _read_config(path: str | os.PathLike, name: str, subfolder: str | None = Non
 
 
 def _fetch(repository: str | os.PathLike, name: str, subfolder: str | None) -> Path | None:
-    """A file of a repository, downloaded if need be; None where the repository has none of that name."""
+    """A file of a repository, downloaded if needed; None if the repository has no such file."""
     if str(repository).count("/") != 1:
         raise LoadingError(f"{repository} must be a folder or a name on the hub (owner/name), got neither.")
     try:
@@ -183,7 +183,7 @@ def _fetch(repository: str | os.PathLike, name: str, subfolder: str | None) -> P
 
 @contextmanager
 def _errors_told(place: str | os.PathLike) -> Iterator[None]:
-    """Within the block whatever is raised becomes a LoadingError, and diffusers' logger says nothing."""
+    """Turn every exception in the block into a LoadingError, and silence diffusers' logger."""
     logger = logging.getLogger("diffusers")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -196,18 +196,18 @@ def _errors_told(place: str | os.PathLike) -> Iterator[None]:
 
 
 def _why(error: BaseException) -> str:
-    """One sentence, by the first in the chain of causes that says what a person can do about it."""
+    """One sentence on the first error in the chain of causes that the user can act on."""
     for cause in _causes(error):
         if isinstance(cause, GatedRepoError):
-            return "the hub asks for a login that has access to it."
+            return "the hub requires a login with access to it."
         if isinstance(cause, RepositoryNotFoundError):
-            return f"it is no folder here, and {constants.ENDPOINT} has no such repository that you may read."
+            return f"it is not a local folder, and {constants.ENDPOINT} has no such repository that you can read."
         if isinstance(cause, HFValidationError):
-            return "it is neither a folder here nor a name on the hub (owner/name)."
+            return "it is neither a local folder nor a repository name (owner/name)."
         if isinstance(cause, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
             if constants.HF_HUB_OFFLINE:
-                return "it is no folder here, is not in the cache, and HF_HUB_OFFLINE forbids to ask the hub."
-            return f"it is no folder here, is not in the cache, and {constants.ENDPOINT} cannot be reached."
+                return "it is not a local folder and not in the cache, and HF_HUB_OFFLINE is set."
+            return f"it is not a local folder and not in the cache, and {constants.ENDPOINT} cannot be reached."
     return reason(error)
 
 
@@ -221,7 +221,7 @@ def _check_part(path: str | os.PathLike, index: dict, part: str) -> None:
     """Raise LoadingError unless the index of a pipeline names a class for `part`."""
     if part not in index:
         kind = index.get("_class_name")
-        raise LoadingError(f"{path} must be a UPLiFTSuperResolutionPipeline, got a {kind} without {part}.")
+        raise LoadingError(f"{path} must be a UPLiFTSuperResolutionPipeline, got {kind} without {part}.")
     entry = index[part]
     if entry == [None, None]:
         raise LoadingError(f"{path} was saved without its {part}. Name a --{part}.")

@@ -1,4 +1,4 @@
-"""What a command runs on: its share of the processes of one job, the names of devices, dtypes for diffusers."""
+"""Processes of a distributed job, devices and their names, and dtypes."""
 
 import os
 import platform
@@ -6,28 +6,28 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# torch is imported where it is needed: a command that only asks for its share may have nothing else to do.
+# torch is imported where it is needed: a command that only reads its share may have nothing else to do.
 if TYPE_CHECKING:
     import torch
 
 PATIENCE = timedelta(days=7)
-"""How long a process that is done waits for the slowest one."""
+"""How long a finished process waits for the slowest one."""
 
 CPU_INFO = Path("/proc/cpuinfo")
-"""Where Linux describes the processor."""
+"""Linux' description of the processor."""
 
 _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 
 MAX_SEED = 2**63 - 1
-"""The largest seed of a torch.Generator that every place here takes."""
+"""The largest seed accepted everywhere in this package."""
 
 
 def process_share() -> tuple[int, int]:
     """
-    The index of this process, and how many `accelerate launch` or `torchrun` started: 0 and 1 without them.
+    Rank of this process and number of processes that `accelerate launch` or `torchrun` started; 0 and 1 without them.
 
     Raises:
-        ValueError: the environment is not one that they make, so that the processes could not find each other.
+        ValueError: the environment variables are inconsistent, so the processes could not find each other.
     """
     count = _number_in_environment("WORLD_SIZE", default=1, least=1)
     index = _number_in_environment("RANK", default=0, least=0)
@@ -36,7 +36,7 @@ def process_share() -> tuple[int, int]:
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if count > 1 and missing:
         raise ValueError(
-            f"WORLD_SIZE must come with {' and '.join(missing)}, got {count} without. "
+            f"WORLD_SIZE must come with {' and '.join(missing)}, got {count} without them. "
             "Start with `accelerate launch`, or unset it."
         )
     return index, count
@@ -44,22 +44,22 @@ def process_share() -> tuple[int, int]:
 
 def local_device_index() -> int | None:
     """
-    Which accelerator of its machine this process takes; None for a process that was started by itself.
+    The index of this process's accelerator on its machine; None without a launcher.
 
     Raises:
-        ValueError: LOCAL_RANK is no whole number.
+        ValueError: LOCAL_RANK is not a whole number.
     """
     return _number_in_environment("LOCAL_RANK", default=0, least=0) if "LOCAL_RANK" in os.environ else None
 
 
 def choose_device(name: str = "auto") -> "torch.device":
     """
-    The device of that name, once something was computed there.
+    The device called `name`, after a test computation on it.
 
     Args:
         name: auto (cuda, else mps, else cpu; under a launcher the accelerator of this process), cpu, cuda:1, ...
     Raises:
-        ValueError: there is no such device here.
+        ValueError: there is no such device.
     """
     import torch
 
@@ -78,7 +78,7 @@ def choose_device(name: str = "auto") -> "torch.device":
 
 
 def sum_over_processes(*numbers: int) -> list[int]:
-    """The sum of every number over all processes, each of which has to call this once, at its end."""
+    """The sum of each number over all processes. Every process has to call this once, at its end."""
     if process_share()[1] == 1:
         return list(numbers)
     import torch
@@ -93,10 +93,10 @@ def sum_over_processes(*numbers: int) -> list[int]:
 
 def preferred_dtype(device: "torch.device | str") -> "torch.dtype":
     """
-    The dtype of autocast that `device` computes fastest in.
+    The fastest autocast dtype on `device`.
 
-    bfloat16 on a CPU with AVX512_BF16 or AMX (as Linux reports it) and on GPUs that have it, float16 on other GPUs of
-    NVIDIA and AMD, float32 elsewhere: a CPU without these instructions emulates bfloat16 slowly.
+    bfloat16 on a CPU with AVX512_BF16 or AMX (as Linux reports it) and on GPUs that support it, float16 on other GPUs
+    of NVIDIA and AMD, float32 elsewhere: a CPU without these instructions emulates bfloat16 slowly.
     """
     import torch
 
@@ -111,7 +111,7 @@ def preferred_dtype(device: "torch.device | str") -> "torch.dtype":
 
 def dtype_option(dtype: "torch.dtype") -> "dict[str, torch.dtype]":
     """
-    The keyword of diffusers' `from_pretrained` for the dtype of the weights.
+    The keyword argument of diffusers' `from_pretrained` for the dtype of the weights.
 
     diffusers renamed `torch_dtype` to `dtype` in 0.40, and earlier versions ignore the new name.
     """

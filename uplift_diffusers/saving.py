@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: written under another name in the same folder, then renamed."""
+"""Atomic writing of files and folders: under a temporary name in the same folder, then renamed."""
 
 import errno
 import functools
@@ -33,18 +33,18 @@ _in_progress: set[Path] = set()
 @contextmanager
 def replaced_when_whole(path: str | Path, *, overwrite: bool = True) -> Iterator[BufferedRandom]:
     """
-    A file to write to that becomes `path` at the end of the block, and vanishes if the block does not get there.
+    A file to write to, which is renamed to `path` at the end of the block, or removed if the block fails.
 
-    What processes that are gone have left unfinished in the same folder is removed.
+    Partial files that dead processes left in the same folder are removed.
 
     Args:
-        path: its folder exists.
-        overwrite: replace a file that is there. If not, the file system itself refuses, so that a file that appears
-            during the block stays.
+        path: a path in an existing folder.
+        overwrite: replace an existing file. If False, the check is atomic: a file that appears during the block is
+            kept.
     Raises:
-        FileExistsError: there is such a file and `overwrite` is not given; or there is something that is never
+        FileExistsError: the file exists and `overwrite` is False; or `path` is something that is never
             replaced: a link, a named pipe, a socket, a device or a folder.
-        OSError: it cannot be written; names `path`. What was there is as it was.
+        OSError: `path`, which the error names, cannot be written. An existing file is unchanged.
     """
     path = Path(path)
     with _naming(path):
@@ -66,14 +66,14 @@ def replaced_when_whole(path: str | Path, *, overwrite: bool = True) -> Iterator
 @contextmanager
 def folder_when_whole(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
-    A new folder to fill that becomes `path` at the end of the block, and vanishes if the block does not get there.
+    A new folder to fill, which is renamed to `path` at the end of the block, or removed if the block fails.
 
     Args:
-        path: its parent folder exists.
-        overwrite: replace a folder that is there, once the new one is whole.
+        path: a path in an existing folder.
+        overwrite: replace an existing folder, once the new one is complete.
     Raises:
-        FileExistsError: there is something at `path` already that is not to be replaced.
-        OSError: it cannot be written.
+        FileExistsError: `path` exists and is not to be replaced.
+        OSError: `path` cannot be written.
     """
     path = Path(path)
     with _naming(path):
@@ -98,8 +98,8 @@ def folder_when_whole(path: str | Path, *, overwrite: bool = False) -> Iterator[
 
 def check_output_path(path: str | Path, *, overwrite: bool = False) -> None:
     """
-    Raise FileExistsError if a file cannot be put at `path` because of what is there, or OSError if the name is none
-    that the file system takes, such as one that is too long.
+    Raise FileExistsError if `path` exists and must not be replaced, or OSError if the file system does not accept the
+    name, for example because it is too long.
     """
     try:
         mode = os.lstat(path).st_mode
@@ -107,13 +107,13 @@ def check_output_path(path: str | Path, *, overwrite: bool = False) -> None:
         return
     special = _SPECIAL.get(stat.S_IFMT(mode))
     if special is not None:
-        raise FileExistsError(errno.EEXIST, f"{special} is there, which is not replaced", str(path))
+        raise FileExistsError(errno.EEXIST, f"{special} of this name exists and is not replaced", str(path))
     if not overwrite:
         raise FileExistsError(errno.EEXIST, "a file of this name exists and is not replaced", str(path))
 
 
 def make_writable_folder(folder: str | Path) -> None:
-    """Create `folder` if need be and try that files can be written there. Raises OSError if not."""
+    """Create `folder` if needed and check that files can be written there. Raises OSError if not."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder)
@@ -122,7 +122,7 @@ def make_writable_folder(folder: str | Path) -> None:
 
 
 def remove_unfinished(folder: str | Path) -> None:
-    """Remove what processes that are gone were writing into `folder` when they ended, once in a process's life."""
+    """Remove the partial files that dead processes left in `folder`; done once per folder and process."""
     _remove_unfinished(os.path.abspath(folder))
 
 
@@ -154,7 +154,7 @@ def _is_running(process: int) -> bool:
 
 @contextmanager
 def _partial(folder: Path) -> Iterator[Path]:
-    """A free name in `folder`; whatever bears it at the end of the block is removed."""
+    """A free name in `folder`. Whatever has this name at the end of the block is removed."""
     path = Path(os.path.abspath(folder), f".uplift-{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.partial")
     _in_progress.add(path)
     try:
@@ -168,25 +168,25 @@ def _partial(folder: Path) -> Iterator[Path]:
 
 
 def _take_name(partial: Path, path: Path) -> None:
-    """Give a file a name that nothing bears. Raises FileExistsError, by the file system, if something does."""
+    """Rename a file to a free name, atomically. Raises FileExistsError if the name is taken."""
     try:
         try:
             os.link(partial, path)
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            # A file system without links: the name is taken with an empty file, which then is replaced.
+            # On a file system without links, an empty file reserves the name and is then replaced.
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             os.replace(partial, path)
     except FileExistsError:
         raise FileExistsError(
-            errno.EEXIST, "a file of this name has appeared meanwhile and is not replaced", str(path)
+            errno.EEXIST, "a file of this name has appeared in the meantime and is not replaced", str(path)
         ) from None
 
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Errors of the system in the block name `path`, and not the name that it has until it is whole, or none."""
+    """Let OSErrors in the block name `path` instead of the temporary name or none."""
     try:
         yield
     except OSError as error:
@@ -197,7 +197,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk. Not every system can do that for a folder."""
+    """Sync renames in `folder` to disk, if the system supports it."""
     is_folder = path.is_dir()
     with suppress(OSError) if is_folder else nullcontext():
         descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)

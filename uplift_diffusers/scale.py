@@ -1,4 +1,4 @@
-"""The scale of an upscaling: what is allowed, the 2x steps it takes, and the scale that reaches a wanted size."""
+"""Upscaling factors: the allowed range, the number of 2x steps, and the scale for a requested output size."""
 
 import math
 from typing import TYPE_CHECKING
@@ -19,15 +19,15 @@ def read_scale(scale: float) -> float:
 
 def num_steps_for_scale(scale: float) -> int:
     """
-    The number of 2x steps that reach `scale` or overshoot it.
+    The smallest number of 2x steps that reaches `scale`.
 
     Args:
         scale: any real number from 1 to 16.
     Returns:
         ceil(log2(scale)): 0 for 1, 1 up to 2, 2 up to 4, ...
     Raises:
-        TypeError: not a number.
-        ValueError: out of range or NaN.
+        TypeError: `scale` is not a number.
+        ValueError: `scale` is out of range or NaN.
     """
     return math.ceil(math.log2(read_scale(scale)))
 
@@ -54,20 +54,20 @@ def resolve_scale(
     long_side: int | None = None,
 ) -> float:
     """
-    The scale that makes an image as large as is asked for, in one of four ways.
+    The scale for an output size, given in one of four ways.
 
     Args:
-        size: (height, width) in pixels of the image.
-        scale: from 1 to 16, returned as it is.
-        width, height: pixels of the output. `scaled_size` then gives exactly that width or that height; with both,
-            the largest size of the image's shape that fits into them.
-        megapixels: millions of pixels of the output, met up to the rounding of its edges.
-        long_side: pixels of the output's longer edge, met exactly.
+        size: (height, width) of the image in pixels.
+        scale: from 1 to 16, returned unchanged.
+        width, height: output size in pixels. `scaled_size` then gives exactly that width or that height; with both,
+            the largest size with the image's aspect ratio that fits.
+        megapixels: output size in millions of pixels, up to the rounding of the edges.
+        long_side: the output's longer edge in pixels, exact.
     Returns:
-        From 1 to 16.
+        The scale, from 1 to 16.
     Raises:
-        TypeError: a value is no number, or no whole one where pixels are meant.
-        ValueError: none or several of the four ways are given, or the scale would be below 1 or above 16.
+        TypeError: a value is not a number, or not a whole number of pixels.
+        ValueError: none or several of the four are given, or the scale would be below 1 or above 16.
     """
     ways = {"scale": scale, "megapixels": megapixels, "long_side": long_side}
     given = [name for name, value in ways.items() if value is not None]
@@ -96,22 +96,22 @@ def check_output_size(
     size: tuple[int, int], scale: float, *, max_pixels: int, max_edge: int | None = None, kind: str = "file"
 ) -> None:
     """
-    Refuse an output that would be too large, before any work.
+    Reject an output that would be too large, before any work.
 
     Args:
-        size: (height, width) in pixels of the image.
+        size: (height, width) of the image in pixels.
         scale: from 1 to 16.
-        max_pixels: of the picture that is made, which has the next power of two of the scale and is then reduced.
-        max_edge: pixels of the longest edge that the output's format holds, None for any.
-        kind: what has the edge, for the sentence.
+        max_pixels: limit on the upscaled image before it is downsampled, at the next power of two of the scale.
+        max_edge: longest edge in pixels that the output format allows; None for no limit.
+        kind: name of the format, for the error message.
     Raises:
-        ValueError: it would be larger.
+        ValueError: the output would be larger.
     """
     num_steps = num_steps_for_scale(scale)
     height, width = (edge * 2**num_steps for edge in size)
     if num_steps and width * height > max_pixels:
         raise ValueError(
-            f"{size[1]} x {size[0]} pixels would be enlarged to {width} x {height}, "
+            f"{size[1]} x {size[0]} pixels would be upscaled to {width} x {height}, "
             f"more than the limit of {max_pixels / 1e6:g} megapixels."
         )
     height, width = scaled_size(size, scale)
@@ -122,6 +122,6 @@ def check_output_size(
 def _in_range(scale: float, size: tuple[int, int], wanted: str) -> float:
     scale = next((limit for limit in (1.0, float(MAX_SCALE)) if math.isclose(scale, limit, rel_tol=1e-12)), scale)
     if not 1 <= scale <= MAX_SCALE:
-        rule = "less than it has" if scale < 1 else f"more than {MAX_SCALE} times as large"
-        raise ValueError(f"{wanted} are asked for of an image of {size[1]} x {size[0]} pixels, which is {rule}.")
+        rule = "smaller than the image" if scale < 1 else f"more than {MAX_SCALE} times as large"
+        raise ValueError(f"{wanted} requested for an image of {size[1]} x {size[0]} pixels, which is {rule}.")
     return scale

@@ -1,12 +1,13 @@
 """
-Exact tiled execution: the output of the whole picture, with the memory of a tile.
+Exact tiled execution: the untiled output, with the memory of a tile.
 
-A tile is cut out with as much of its surroundings as it depends on, its halo, which follows from the layers
-(`UPLiFTModel.step_reach`, `UPLiFTModel.guide_reach`, `AutoencoderLocal.decoder_reach`). Zero padding spoils only the
-halo. At the picture's own border there is no halo, and the picture's padding stays as it is. What depends on the place
-in the picture, noise and the bilinear interpolation of the decoder, is given the place. The rest is float32 rounding.
+A tile is computed with a halo: the surroundings that it depends on, which follow from the layers
+(`UPLiFTModel.step_reach`, `UPLiFTModel.guide_reach`, `AutoencoderLocal.decoder_reach`). Zero padding affects only the
+halo. At the image's own border there is no halo, and the padding is that of the whole image. What depends on the
+position in the image (the noise and the decoder's bilinear interpolation) gets the tile's position. What remains is
+float32 rounding.
 
-A tile is carried through the encoder and all steps, with the halos of all steps around it, and cropped after every
+A tile passes through the encoder and all steps with the halos of all steps around it, and is cropped after every
 step to what the next ones need.
 """
 
@@ -38,7 +39,7 @@ class Span(NamedTuple):
         return Span(max(self.start - reach, 0), min(self.stop + reach, self.size), self.size)
 
     def finer(self, factor: int) -> "Span":
-        """The same stretch of an axis with `factor` positions in place of one."""
+        """The same stretch of an axis with `factor` times as many positions."""
         return Span(self.start * factor, self.stop * factor, self.size * factor)
 
     def cover(self, factor: int) -> "Span":
@@ -72,7 +73,7 @@ class Window(NamedTuple):
         return Window(self.rows.grow(reach), self.columns.grow(reach))
 
     def finer(self, factor: int) -> "Window":
-        """The same rectangle of a grid with `factor` x `factor` positions in place of one."""
+        """The same rectangle of a grid with `factor` times as many positions along each axis."""
         return Window(self.rows.finer(factor), self.columns.finer(factor))
 
     def cover(self, factor: int) -> "Window":
@@ -80,14 +81,14 @@ class Window(NamedTuple):
         return Window(self.rows.cover(factor), self.columns.cover(factor))
 
     def crop(self, features: torch.Tensor, inner: "Window") -> torch.Tensor:
-        """The part `inner` of `features` (..., H, W), which fill this window: a view."""
+        """The part `inner` of `features` (..., H, W), which cover this window; returns a view."""
         top, left = inner.rows.start - self.rows.start, inner.columns.start - self.columns.start
         height, width = inner.shape
         return features[..., top : top + height, left : left + width]
 
 
 def split_into_tiles(size: tuple[int, int], edge: int) -> list[list[Window]]:
-    """Rows of windows that share a grid of `size` among them: as few as `edge` allows, as equal as they can be."""
+    """Rows of windows that partition a grid of `size`: as few as `edge` allows, and as equal as possible."""
     rows, columns = (
         [Span(length * index // count, length * (index + 1) // count, length) for index in range(count)]
         for length, count in ((length, -(-length // edge)) for length in size)
@@ -105,14 +106,14 @@ def run_on_tile(
     output_factor: int = 1,
 ) -> torch.Tensor:
     """
-    The part of `function(values)` that stands for `tile`.
+    The part of `function(values)` that belongs to `tile`.
 
     Args:
-        function: of (B, C, H, W), with an output that depends only on its neighbourhood.
-        values: (B, C, H, W), the whole picture.
-        tile: of a grid with a cell for every `input_factor` positions of `values` along each axis.
-        halo: cells to each side on which an output depends.
-        input_factor, output_factor: positions of input and output for one cell.
+        function: maps (B, C, H, W) to an output of which each position depends only on a neighbourhood.
+        values: (B, C, H, W), the whole image.
+        tile: a window of a grid with one cell for every `input_factor` positions of `values` along each axis.
+        halo: number of cells to each side on which an output depends.
+        input_factor, output_factor: positions of input and output per cell and axis.
     """
     seen = tile.grow(halo)
     whole = Window.whole((tile.rows.size, tile.columns.size))
@@ -126,7 +127,7 @@ def tile_edge(tile_size: int, spatial_factor: int) -> int:
 
     Raises:
         TypeError: `tile_size`, in pixels, is not a whole number.
-        ValueError: it is less than a latent.
+        ValueError: it is less than `spatial_factor`.
     """
     return read_whole_number("tile_size", tile_size, minimum=spatial_factor) // spatial_factor
 
@@ -148,7 +149,7 @@ def upsample_tiled(
 
     Args:
         model, raw_latents, image, num_steps, generator, denoise, tile_size: as for `iterate_tiles`.
-        callback_on_step: called after every step of every tile. What it raises ends the work.
+        callback_on_step: called after every step of every tile. An exception raised in it ends the work.
     Returns:
         (B, C, h * 2**num_steps, w * 2**num_steps), dtype and device of `raw_latents`, without gradient.
     Raises:
@@ -186,25 +187,24 @@ def iterate_tiles(
     """
     The tiles of `model(raw_latents, image=image, num_steps=num_steps, generator=generator).sample`, row by row.
 
-    Beside latents, image and noise, which have few channels, memory depends only on `tile_size`. Noise is drawn for
-    the whole picture, as the model draws it.
+    Apart from latents, image and noise, which have few channels, memory depends only on `tile_size`. Noise is drawn
+    for the whole image, as the model draws it.
 
     Args:
-        model: in evaluation mode if it has batch norms. If it is compiled, tiles are computed by compiled code too.
+        model: in evaluation mode if it has batch norms. If it is compiled, tiles run compiled code too.
         raw_latents: (B, C, h, w) float, unscaled.
         image: (B, 3, h * spatial_factor, w * spatial_factor) float in [0, 1]; may lie on another device.
         num_steps: number of 2x steps, >= 1.
         generator: one generator, or one for each item of the batch.
         denoise: from 0 to 1, as for `UPLiFTModel.forward`.
         tile_size: largest edge of a tile in pixels of `image`, at least the model's `spatial_factor`. It does not
-            change the output. A tile is computed with its halo: below a few hundred pixels most of the work is halo.
-        callback_on_step: called after every step of every tile. What it raises ends the work.
+            change the output. Below a few hundred pixels, most of the work is in the halos.
+        callback_on_step: called after every step of every tile. An exception raised in it ends the work.
     Returns:
         An iterator over (window, sample): the tile's window in the output, and (B, C, *window.shape) without gradient.
     Raises:
         TypeError: `tile_size` or `num_steps` is not a whole number.
-        ValueError: as `UPLiFTModel.forward`; `tile_size` is too small; the model depends on more than a
-            neighbourhood.
+        ValueError: as `UPLiFTModel.forward`; `tile_size` is too small; the model's receptive field is not bounded.
     """
     encode, step = model.encode, model.step
     if is_compiled_module(model):
@@ -233,7 +233,7 @@ def iterate_tiles(
 
 
 def step_halos(model: "UPLiFTModel", num_steps: int) -> list[int]:
-    """Positions to each side of a tile that are needed before every step and, none, after the last one."""
+    """Positions needed to each side of a tile before every step, and 0 after the last one."""
     halos = [0]
     for _ in range(num_steps):
         halos.append(model.step_reach(halos[-1]))
@@ -281,7 +281,7 @@ def _upsample_tile(
 
 
 def _with_dynamic_sizes(function: Callable) -> Callable:
-    """`function`, compiled for 4-D tensors of one layout and of any height and width from the first call on."""
+    """`function`, compiled with dynamic height and width from the first call on, for 4-D tensors of one layout."""
 
     def prepare(value):
         if not isinstance(value, torch.Tensor) or value.ndim != 4:
@@ -297,7 +297,7 @@ def _with_dynamic_sizes(function: Callable) -> Callable:
 
 
 def _place(window: Window, device: torch.device) -> torch.Tensor | None:
-    """See `interpolate_2x`; None for the whole picture."""
+    """See `interpolate_2x`; None for the whole image."""
     rows, columns = window
     if window.shape == (rows.size, columns.size):
         return None
@@ -312,13 +312,13 @@ def _check_local(model: "UPLiFTModel") -> None:
     config = model.config
     if model.training and config.norm_type == "batch_norm":
         raise ValueError(
-            "`model` must be in evaluation mode: in training mode its batch norms see the whole picture. "
+            "`model` must be in evaluation mode: in training mode its batch norms depend on the whole image. "
             "Call `model.eval()`."
         )
     ratio = Fraction(config.spatial_factor, config.encoder_spatial_factor or config.spatial_factor)
     if ratio.denominator & (ratio.denominator - 1):
         # Resizing takes its weights from coordinates in float32, which shift from tile to tile unless they are exact.
         raise ValueError(
-            "`model` must resize its image by a ratio whose inverse is exact in binary, as 16/14, got "
+            "`model` must resize its image by a ratio with an inverse that is exact in binary, such as 16/14, got "
             f"{config.encoder_spatial_factor}/{config.spatial_factor}. Run it without tiles."
         )

@@ -1,8 +1,8 @@
-"""Errors and names in words for people: one line, with nothing in it that a terminal obeys."""
+"""Errors and file names as one line of plain text, without control characters."""
 
 
 def reason(error: BaseException) -> str:
-    """One sentence on what went wrong: the first line of what `error` says."""
+    """One sentence on what went wrong: the first line of the message of `error`."""
     text = (error.strerror if isinstance(error, OSError) and error.strerror else str(error)).strip()
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
         return "out of memory."
@@ -11,7 +11,7 @@ def reason(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters and bytes that are no text written as escapes: `\\x1b`, `\\n`, `\\udcff`."""
+    """`text` with control characters and undecodable bytes written as escapes: `\\x1b`, `\\n`, `\\udcff`."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
         for character in text

@@ -1,4 +1,4 @@
-"""Upsamplers and VAEs of diffusers as ComfyUI knows models: loaded, moved and unloaded by its memory manager."""
+"""Wrappers that let ComfyUI's memory manager load, move and unload diffusers upsamplers and VAEs."""
 
 from pathlib import Path
 
@@ -14,17 +14,17 @@ from uplift_diffusers.models.conversion import PUBLISHED
 
 EMBEDDED = "embedded bundle"
 PUBLISHED_FOR_IMAGES = ("UPLiFT-upsampler/uplift_sd1.5vae",)
-"""Repositories on the hub; the others that were published are for the features of vision transformers."""
+"""Repositories on the hub; the other published ones are for vision-transformer features."""
 
 FOLDER = "latent_upscale_models"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# ComfyUI versions before this folder was theirs do not know it; where it is known nothing changes.
+# Older ComfyUI versions do not have this folder; in newer ones this changes nothing.
 folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
 
 
 class PlainModule(torch.nn.Module):
-    """Holds a diffusers model. `ModelPatcher` assigns `device` to what it manages, which a `ModelMixin` refuses."""
+    """Holds a diffusers model. `ModelPatcher` assigns `device` to managed models, which `ModelMixin` forbids."""
 
     def __init__(self, inner: ModelMixin):
         super().__init__()
@@ -32,7 +32,7 @@ class PlainModule(torch.nn.Module):
 
 
 def manage(model: ModelMixin, load_device: torch.device, offload_device: torch.device) -> ModelPatcher:
-    """Give `model` to ComfyUI's memory manager. From now on it also stops when the user cancels."""
+    """Hand `model` to ComfyUI's memory manager. It then also stops when the user cancels."""
     for module in model.modules():
         # A tile can take many seconds on a CPU; a layer takes well below one.
         module.register_forward_pre_hook(_stop_if_cancelled)
@@ -45,10 +45,10 @@ def _stop_if_cancelled(_module: torch.nn.Module, _inputs: tuple) -> None:
 
 def move_to_device(patcher: ModelPatcher, memory_required: float) -> torch.device:
     """
-    Load a managed model whole, after unloading other models where the device has not enough memory.
+    Load a managed model completely, after unloading other models if memory is short.
 
     Args:
-        memory_required: bytes that the work will take beside the weights.
+        memory_required: bytes needed in addition to the weights.
     Returns:
         The device.
     """
@@ -59,11 +59,11 @@ def move_to_device(patcher: ModelPatcher, memory_required: float) -> torch.devic
 
 class Upsampler:
     """
-    What *Load UPLiFT* hands to the other nodes.
+    The output of *Load UPLiFT*.
 
     Args:
-        model: in evaluation mode.
-        vae: the VAE that it was saved with, None if it was saved on its own.
+        model: the upsampler, in evaluation mode.
+        vae: the VAE that it was saved with, or None.
     """
 
     def __init__(self, model: UPLiFTModel, vae: "PipelineVAE | None" = None):
@@ -88,10 +88,10 @@ class Upsampler:
 
 class PipelineVAE:
     """
-    The VAE of a diffusers pipeline, with what ComfyUI's nodes use of a `comfy.sd.VAE`.
+    The VAE of a diffusers pipeline, with the parts of `comfy.sd.VAE` that ComfyUI's nodes use.
 
-    An AutoencoderLocal, as the embedded bundle has, works in tiles of its own, which are exact: nodes for tiled
-    encoding and decoding give what the plain ones give.
+    An AutoencoderLocal, as in the embedded bundle, always uses exact tiles, so nodes for tiled
+    encoding and decoding give the same result as the plain ones.
     """
 
     latent_dim = 2
@@ -160,7 +160,7 @@ class PipelineVAE:
 
 
 def list_upsamplers() -> list[str]:
-    """The names that `load_upsampler` takes: the bundle, what lies in `models/latent_upscale_models`, the hub's."""
+    """The names for `load_upsampler`: the bundle, files in `models/latent_upscale_models`, and repositories."""
     found = {path.name for root in folder_paths.get_folder_paths(FOLDER) for path in _list_saved(Path(root))}
     return [EMBEDDED, *sorted(found), *PUBLISHED_FOR_IMAGES]
 
@@ -171,9 +171,9 @@ def load_upsampler(name: str, dtype: torch.dtype) -> Upsampler:
 
     Args:
         name: one of `list_upsamplers`.
-        dtype: of the weights.
+        dtype: dtype of the weights.
     Raises:
-        FileNotFoundError: there is none of that name.
+        FileNotFoundError: there is no upsampler of that name.
         OSError, ValueError: as `UPLiFTModel.from_pretrained`.
     """
     # Nodes run in inference mode, and weights that are made there can never leave it.
@@ -190,7 +190,7 @@ def load_upsampler(name: str, dtype: torch.dtype) -> Upsampler:
 
 
 def _list_saved(root: Path) -> list[Path]:
-    """Folders that `save_pretrained` wrote, and published checkpoints under their own names."""
+    """Folders written by `save_pretrained`, and published checkpoints with their original names."""
     published = {PUBLISHED[name].filename for name in PUBLISHED_FOR_IMAGES}
     return [
         path

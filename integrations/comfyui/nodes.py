@@ -36,7 +36,7 @@ UpscaleModel = io.Custom("LATENT_UPSCALE_MODEL")
 
 
 def settings_inputs() -> list[io.Input]:
-    """The inputs that both upscaling nodes have."""
+    """The inputs common to both upscaling nodes."""
     return [
         io.Float.Input(
             "scale",
@@ -44,7 +44,7 @@ def settings_inputs() -> list[io.Input]:
             min=1.0,
             max=float(MAX_SCALE),
             step=0.05,
-            tooltip="Between powers of two the next larger one is made and reduced.",
+            tooltip="Between powers of two, the result is upscaled to the next power of two and downsampled.",
         ),
         io.Int.Input(
             "seed",
@@ -52,7 +52,7 @@ def settings_inputs() -> list[io.Input]:
             min=0,
             max=MAX_SEED,
             control_after_generate=True,
-            tooltip="Of the first image; the next ones have the numbers after it. The embedded bundle uses none.",
+            tooltip="Seed of the first image; the next ones count up from it. The embedded bundle uses no noise.",
         ),
         io.Int.Input(
             "tile_size",
@@ -60,13 +60,13 @@ def settings_inputs() -> list[io.Input]:
             min=64,
             max=16384,
             step=8,
-            tooltip="Edge of a tile in pixels of the image. Bounds the memory; the result does not depend on it.",
+            tooltip="Edge of a tile in pixels of the image. Bounds memory; does not change the result.",
         ),
         io.Combo.Input(
             "latent_space",
             options=[AUTOMATIC, *KNOWN_SPACES],
             default=AUTOMATIC,
-            tooltip="Which model's latents these are. VAEs look alike: choose, or connect `model`.",
+            tooltip="The model that the latents belong to. VAEs look alike: choose, or connect `model`.",
         ),
     ]
 
@@ -101,7 +101,7 @@ class EmbeddedVAE(io.ComfyNode):
             node_id="UPLiFTEmbeddedVAE",
             display_name="Embedded VAE (UPLiFT)",
             category=CATEGORY,
-            description="The VAE of the embedded bundle. Encodes images to the latents that its upsampler enlarges.",
+            description="The VAE of the embedded bundle. Encodes images to latents for its upsampler.",
             inputs=[],
             outputs=[io.Vae.Output()],
         )
@@ -118,15 +118,19 @@ class UpscaleImage(io.ComfyNode):
             node_id="UPLiFTUpscaleImage",
             display_name="Upscale Image (UPLiFT)",
             category=CATEGORY,
-            description="Encodes images of any size, enlarges their latents, decodes. Alpha is kept.",
+            description="Encodes images of any size, upsamples their latents, and decodes. Alpha is kept.",
             inputs=[
                 UpscaleModel.Input("upscale_model"),
                 io.Image.Input("image"),
                 *settings_inputs(),
                 io.Vae.Input(
-                    "vae", optional=True, tooltip="Not needed if the upsampler has its own, as the embedded bundle."
+                    "vae",
+                    optional=True,
+                    tooltip="Not needed if the upsampler includes one, as the embedded bundle does.",
                 ),
-                io.Model.Input("model", optional=True, tooltip="The model of the VAE, which tells the latent space."),
+                io.Model.Input(
+                    "model", optional=True, tooltip="The model of the VAE, which determines the latent space."
+                ),
                 io.Float.Input(
                     "consistency",
                     default=1.0,
@@ -134,7 +138,7 @@ class UpscaleImage(io.ComfyNode):
                     max=1.0,
                     step=0.05,
                     optional=True,
-                    tooltip="How closely the result, reduced, equals the image. Lower it for compressed images.",
+                    tooltip="How closely the downsampled result matches the image. Lower it for compressed images.",
                 ),
             ],
             outputs=[io.Image.Output()],
@@ -193,17 +197,21 @@ class UpscaleLatent(io.ComfyNode):
             node_id="UPLiFTUpscaleLatent",
             display_name="Upscale Latent (UPLiFT)",
             category=CATEGORY,
-            description="Enlarges latents under the guidance of their image. At a scale that is no power of two they "
-            "are decoded at the next larger one, reduced as pixels and encoded again.",
+            description="Upsamples latents with their image as guide. At a scale that is not a power of two, they are "
+            "upsampled to the next one, decoded, downsampled in pixels and encoded again.",
             inputs=[
                 UpscaleModel.Input("upscale_model"),
                 io.Latent.Input("samples"),
                 io.Vae.Input("vae"),
                 *settings_inputs(),
                 io.Image.Input(
-                    "image", optional=True, tooltip="The image of the latents, which guides them; else it is decoded."
+                    "image",
+                    optional=True,
+                    tooltip="The image of the latents, which guides the upsampling; by default decoded from them.",
                 ),
-                io.Model.Input("model", optional=True, tooltip="The model of the latents, which tells their space."),
+                io.Model.Input(
+                    "model", optional=True, tooltip="The model of the latents, which determines their space."
+                ),
             ],
             outputs=[io.Latent.Output()],
         )

@@ -145,7 +145,7 @@ def test_unreadable_files_are_left_out_and_named(photographs, shards, tmp_path):
     source = FolderSource(tmp_path)
     assert same(crops_of(source), expected)
     assert [problem.removeprefix(f"{tmp_path}/") for problem in source.unreadable] == [
-        "00.jpg: not an image, or of a kind that is not read.",
+        "00.jpg: not an image, or an unsupported format.",
         "empty.png: the file is empty.",
     ]
     with tarfile.open(tmp_path / "all.tar", "w") as archive:
@@ -154,8 +154,8 @@ def test_unreadable_files_are_left_out_and_named(photographs, shards, tmp_path):
     source = TarSource(str(tmp_path / "all.tar"))
     assert same(crops_of(source), expected)
     assert [problem.removeprefix(f"{tmp_path}/") for problem in source.unreadable] == [
-        "all.tar/00.jpg: not an image, or of a kind that is not read.",
-        "all.tar/empty.png: not an image, or of a kind that is not read.",
+        "all.tar/00.jpg: not an image, or an unsupported format.",
+        "all.tar/empty.png: not an image, or an unsupported format.",
     ]
 
 
@@ -225,7 +225,7 @@ def test_the_command_ends_with_one_line_where_there_is_nothing_to_train_on(tmp_p
         ({"dataset_name": "a", "streaming": True, "dataloader_num_workers": 1}, "must be 0 with `streaming`"),
         (
             {"dataset_name": "a", "streaming": True, "num_train_epochs": 2, "max_train_steps": None},
-            "`streaming` must have steps and no epochs",
+            "`streaming` must be used with steps, not epochs",
         ),
     ],
 )

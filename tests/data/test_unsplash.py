@@ -159,7 +159,7 @@ def test_a_photograph_is_fetched_in_spite_of(server, tmp_path, trouble):
     [
         ("stall", "ReadTimeout"),
         ("cut", "RemoteProtocolError"),
-        ("html", "The answer is no image (text/html)."),
+        ("html", "The answer is not an image (text/html)."),
         ("html with a type", "does not decode: not an image"),
         ("garbage", "does not decode: the image is damaged or cut off"),
         (503, "HTTP 503."),

@@ -47,7 +47,7 @@ def test_without_options_there_is_a_table_and_a_sentence_on_what_is_left_out(pho
     assert captured.out.count("| uplift |") == 2
     assert "UPLiFT closes" in captured.out
     assert "| PSNR (dB) ↑ (n = 4) | SSIM ↑ (n = 4) | colour shift ↓ (n = 4) | s/image |" in captured.out
-    assert "FID, patch-FID and KID are left out. The Inception weights are made once" in captured.err
+    assert "FID, patch-FID and KID are left out. The Inception weights are converted once" in captured.err
 
 
 def test_report_directory_holds_figures_plots_and_crops(photographs, inception_weights, tmp_path):
@@ -211,7 +211,7 @@ def test_without_the_extra_its_name_is_said(monkeypatch, capsys):
         (["--data_dir", "{photographs}", "--crop", "64", "--methods", "cfm"], "say where the weights are, got 'cfm'"),
         (["--data_dir", "{photographs}", "--crop", "64", "--methods", "a={empty}"], "no file named config.json"),
         (["--data_dir", "{photographs}", "--crop", "64", "--metrics", "sim"], "`metrics` must be of"),
-        (["--data_dir", "{photographs}", "--crop", "64", "--metrics", "fid"], "The Inception weights are made once"),
+        (["--data_dir", "{photographs}", "--crop", "64", "--metrics", "fid"], "Inception weights are converted once"),
         (
             ["--data_dir", "{photographs}", "--crop", "64", "--limit", "1", "--metrics", "fid", *("{weights}",)],
             "`metrics` must not have 'fid' for fewer than 2 images, got 1",
@@ -262,8 +262,8 @@ def test_what_cannot_be_measured_ends_with_one_sentence(
 @pytest.mark.parametrize(
     ("error", "code", "sentence"),
     [
-        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), 1, "Out of memory. Name smaller crops"),
-        (KeyboardInterrupt(), 130, "Interrupted. What was measured in --output_dir is kept"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), 1, "Out of memory. Try smaller crops"),
+        (KeyboardInterrupt(), 130, "Interrupted. The measurements in --output_dir are kept"),
     ],
     ids=["memory", "interruption"],
 )

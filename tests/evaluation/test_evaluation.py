@@ -255,7 +255,7 @@ def test_methods_without_a_cost_stay_in_the_table_and_out_of_the_plots(report):
 def test_statistics_without_a_count_are_told_of_and_strange_numbers_shown_as_what_they_are(report):
     _, results, run = report
     unknown = {**run, "real_images": {"count": None, "digest": ""}}
-    assert "How many real images there were is not known" in warnings_of(results, unknown)[0]
+    assert "The number of real images is unknown" in warnings_of(results, unknown)[0]
     scores = {name: {"ssim": Estimate(value, 5)} for name, value in (("a", math.nan), ("b", -math.inf))}
     found = replace(results[2], scores=scores, differences={}, costs={})
     methods = {name: {"parameters": {}, "note": ""} for name in scores}

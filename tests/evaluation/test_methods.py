@@ -207,11 +207,11 @@ def test_a_pipeline_of_a_custom_class_is_a_method(custom_pipeline, photographs, 
     assert plain.identity != turned.identity
     assert plain.settings["method"] == "Doubler"
     assert plain.modules["vae"].dtype == torch.bfloat16
-    assert plain.note.startswith("`doubler` goes through a VAE of its own")
+    assert plain.note.startswith("`doubler` uses a different VAE")
 
 
 def test_code_of_a_pipeline_runs_only_where_it_is_trusted(custom_pipeline):
-    with pytest.raises(ValueError, match=r"without code of its own, got one with.*--trust_remote_code"):
+    with pytest.raises(ValueError, match=r"without custom code, got one with.*--trust_remote_code"):
         load_pipeline(str(custom_pipeline), vae=None)
     index = custom_pipeline / "model_index.json"
     content = json.loads(index.read_text())
@@ -249,7 +249,7 @@ def test_a_vae_of_its_own_is_noted(photographs, pipeline, tmp_path):
     protocol = SuperResolution(photographs, scales=(2,), crop=64)
     methods = methods_for(protocol, ["uplift", f"same={tmp_path}/same", f"other={tmp_path}/other"], pipeline)
     assert [bool(method.note) for method in methods] == [False, False, True]
-    assert methods[2].note.startswith("`other` goes through a VAE of its own")
+    assert methods[2].note.startswith("`other` uses a different VAE")
 
 
 def test_one_network_is_loaded_once(photographs, pipeline, tmp_path):

@@ -190,7 +190,7 @@ def test_prompts_are_compared_with_photographs_or_their_statistics(prompts_proto
     assert known["fid"].value == pytest.approx(expected["fid"].value, rel=1e-9)
     assert known["kid"] == expected["kid"]
     np.savez(tmp_path / "real.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    with pytest.raises(ValueError, match="`metrics` must not have 'kid' where of the real images only statistics"):
+    with pytest.raises(ValueError, match="`metrics` must not have 'kid' if only statistics of the real images"):
         scores(tmp_path / "real.npz", "fid", "kid")
 
 

@@ -195,7 +195,7 @@ def test_tags_that_say_how_the_original_was_stored_are_not_kept():
     result = opened(data)
     assert result.metadata.exif.main.keys() == EXIF.main.keys() | {0x0128}
     assert result.metadata.exif.exposure == EXIF.exposure
-    assert result.losses == ("its place on the map (GeoTIFF), which is in pixels, is left out.",)
+    assert result.losses == ("its georeferencing (GeoTIFF), which is in pixels, is left out.",)
 
 
 def test_tiff_tags_that_are_no_exif_become_their_own_kinds(tmp_path):
@@ -294,7 +294,7 @@ def test_chunks_that_mean_another_space_than_srgb_are_told(chunks, meaning):
     assert opened(data).metadata.color_chunks == chunks
     assert plan_saving(opened(data), ".png").losses == ()
     losses = plan_saving(opened(data), ".jpg").losses
-    expected = f"its colours are meant to be read with {meaning}, which a .jpg cannot say."
+    expected = f"its colours need {meaning}, which a .jpg cannot store."
     assert losses == (() if meaning is None else (expected,))
 
 
@@ -405,7 +405,7 @@ def test_xmp_that_never_ends_is_no_trap(piece):
 
 def test_other_pictures_credentials_and_videos_are_told():
     video = encoded(picture(), "JPEG") + b"\0\0\0\x18ftypmp42" + b"\0" * 50
-    assert opened(video).losses == ("the video behind the picture is left out.",)
+    assert opened(video).losses == ("the video appended to the image is left out.",)
     credentials = with_segments(encoded(picture(), "JPEG"), (0xEB, b"JP\0\1\0\0\0\1"))
     assert "C2PA" in opened(credentials).losses[0]
     extended = with_segments(encoded(picture(), "JPEG"), (0xE1, b"http://ns.adobe.com/xmp/extension/\0" + b"x" * 40))
@@ -439,5 +439,5 @@ def test_the_page_on_files_has_the_table():
     page = (Path(__file__).parents[2] / "docs" / "files.md").read_text()
     formats = list(dict.fromkeys(OUTPUT_FORMATS.values()))
     for kind, places in KEPT.items():
-        row = f"| {kind} | " + " | ".join(places.get(name, "told") for name in formats) + " |"
+        row = f"| {kind} | " + " | ".join(places.get(name, "reported") for name in formats) + " |"
         assert row in page, row

@@ -72,7 +72,7 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch, ha
     check = saving.check_output_path
     monkeypatch.setattr(saving, "check_output_path", lambda *arguments, **options: None)  # it is the system's refusal
     with (
-        pytest.raises(FileExistsError, match="has appeared meanwhile and is not replaced"),
+        pytest.raises(FileExistsError, match="has appeared in the meantime and is not replaced"),
         replaced_when_whole(tmp_path / "a", overwrite=False),
     ):
         (tmp_path / "a").write_bytes(b"precious")
@@ -119,7 +119,7 @@ def test_what_is_no_file_is_never_replaced(tmp_path, monkeypatch, overwrite):
     before = names(tmp_path)
     kinds = {"link": "symbolic link", "dangling": "symbolic link", "pipe": "named pipe", "socket": "socket"}
     for name, kind in {**kinds, "folder": "folder"}.items():
-        with pytest.raises(FileExistsError, match=f"a {kind} is there, which is not replaced"):
+        with pytest.raises(FileExistsError, match=f"a {kind} of this name exists and is not replaced"):
             write(tmp_path / name, b"new", overwrite=overwrite)
     server.close()
     assert names(tmp_path) == before
@@ -144,7 +144,7 @@ def test_folders_appear_when_they_are_whole(tmp_path):
     assert (tmp_path / "new" / "sub" / "a").read_bytes() == b"a"
     with pytest.raises(ZeroDivisionError), folder_when_whole(tmp_path / "other") as folder:
         (folder / "a").write_bytes(bytes(1 // 0))
-    with pytest.raises(FileExistsError, match="a folder is there"), folder_when_whole(tmp_path / "new"):
+    with pytest.raises(FileExistsError, match="a folder of this name exists"), folder_when_whole(tmp_path / "new"):
         pass
     assert names(tmp_path) == ["new"]
 

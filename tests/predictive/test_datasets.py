@@ -132,7 +132,7 @@ def test_labels_in_colours_are_refused(tmp_path):
     (tmp_path / "images" / "a.png").rename(tmp_path / "labels" / "a.png")
     (tmp_path / "labels" / "b.png").rename(tmp_path / "images" / "a.png")
     data = LabelledImages(pair_folders(tmp_path / "images", tmp_path / "labels"), Classes.in_order(3), size=20)
-    with pytest.raises(ValueError, match="one whole number a pixel"):
+    with pytest.raises(ValueError, match="one whole number per pixel"):
         data[0]
 
 

@@ -1,4 +1,4 @@
-"""Values on the command line, and the sentences for those that are none."""
+"""Parsing of command-line values, with error messages."""
 
 import argparse
 import re
@@ -15,7 +15,7 @@ def parse_count(text: str) -> int:
 
 
 def parse_seed(text: str) -> int:
-    """A whole number that a torch.Generator takes."""
+    """A seed for a torch.Generator."""
     if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= MAX_SEED):
         raise argparse.ArgumentTypeError(f"must be a whole number from 0 to {MAX_SEED}, got {text!r}")
     return int(text)

@@ -1,4 +1,4 @@
-"""What the commands say, and how: one line each, without anything that a terminal obeys."""
+"""Output of the commands: single lines without control characters."""
 
 import argparse
 import os
@@ -10,23 +10,23 @@ from uplift_diffusers.wording import printable, reason
 
 
 class CommandError(Exception):
-    """What keeps a command from beginning and a person can put right: one line and the exit code 2."""
+    """A command cannot start, for a reason that the user can fix: one line and the exit code 2."""
 
 
 def tell(line: str) -> None:
-    """One line on stderr. There is nowhere to tell that it cannot be written."""
+    """Write one line to stderr; errors in doing so are ignored."""
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
             print(printable(line), file=sys.stderr, flush=True)
 
 
 def as_flags(error: BaseException) -> str:
-    """The sentence of an error of the library, with its arguments named as those of the command line."""
+    """The message of a library error, with argument names replaced by command-line flags."""
     return re.sub(r"`([a-z][a-z_]*)`", r"--\1", reason(error))
 
 
 def say(text: str) -> bool:
-    """Lines on stdout, at once. Returns whether they could be written; if not, that is told."""
+    """Write lines to stdout and flush. Returns False, after a message on stderr, if that fails."""
     if sys.stdout is None:  # closed before the start, on purpose
         return True
     try:
@@ -40,7 +40,7 @@ def say(text: str) -> bool:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage before it, and does not pass over a stdout that is full."""
+    """Reports errors in one line, without the usage, and does not ignore write errors on stdout."""
 
     def error(self, message: str) -> None:
         tell(f"{self.prog}: error: {message}")

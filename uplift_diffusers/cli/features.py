@@ -1,4 +1,4 @@
-"""`uplift-diffusers features`: the features of a photograph at the density of pixels, as a picture or as a tensor."""
+"""`uplift-diffusers features`: the features of an image at pixel resolution, as an image or as tensors."""
 
 import argparse
 import os
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from uplift_diffusers.pipelines.features import UPLiFTFeatureOutput, UPLiFTFeaturePipeline
 
 NAME = "features"
-PURPOSE = "compute the features of a photograph at the density of pixels"
+PURPOSE = "compute the features of an image at pixel resolution"
 EPILOG = """\
 --output:
-  An image file (png, jpg, webp, tif, bmp) shows the first three principal components as colours: on the left of the
-  backbone's own features, on the right of the upsampled ones. A .safetensors file holds `features` (channels, height,
+  An image file (png, jpg, webp, tif, bmp) shows the first three principal components as colours: the backbone's
+  features on the left, the upsampled ones on the right. A .safetensors file holds `features` (channels, height,
   width), `backbone_features` (channels, rows, columns) and `cls_token` (channels), in the dtype of the computation.
 
-The photograph may have any size from one patch on (14 or 16 pixels). Existing outputs are kept, unless there is
---overwrite. Nothing is ever half-written.
+The input image must be at least one patch (14 or 16 pixels) in size. Existing outputs are kept unless --overwrite is
+given. Files are written atomically.
 
 Exit code:
   0    the output is written
-  1    the photograph cannot be read, or its features cannot be computed or written
-  2    nothing was begun: an argument is wrong, the output exists, a model does not load or does not fit the other
+  1    the image cannot be read, or its features cannot be computed or written
+  2    nothing was started: an argument is wrong, the output exists, a model does not load, or the models do not match
 
 Examples:
   uplift-diffusers features photo.jpg --output features.png
@@ -50,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("input", metavar="PHOTO", help="image file")
     parser.add_argument("--output", required=True, metavar="FILE", help="image or .safetensors file to write")
-    parser.add_argument("--model", metavar="DIR_OR_HUB_ID", help="a saved UPLiFTFeaturePipeline: both models in one")
+    parser.add_argument(
+        "--model", metavar="DIR_OR_HUB_ID", help="a saved UPLiFTFeaturePipeline, which includes both models"
+    )
     parser.add_argument(
         "--backbone", metavar="DIR_OR_HUB_ID", help=f"DINOv2, DINOv3 or a timm model (default: {BACKBONE})"
     )
@@ -60,13 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--feature_space",
         metavar="NAME",
-        help="which features the backbone makes, where its configuration does not say",
+        help="the backbone's feature space, if its configuration does not determine it",
     )
     parser.add_argument(
-        "--size", type=_parse_size, metavar="WxH", help="of the features (default: the photograph's pixels)"
+        "--size", type=_parse_size, metavar="WxH", help="size of the features (default: that of the image)"
     )
     parser.add_argument(
-        "--num_steps", type=parse_count, metavar="N", help="2x steps (default: as many as the size takes)"
+        "--num_steps", type=parse_count, metavar="N", help="number of 2x steps (default: as many as the size needs)"
     )
     parser.add_argument(
         "--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda:1, mps, ... (default: auto)"
@@ -78,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """The command; its `--help` is its contract."""
+    """Run the command, as specified in its `--help`."""
     # 1. Everything that can be wrong is looked at before torch is imported, which takes seconds
     source, target = Path(options.input), Path(options.output)
     suffix = target.suffix.lower()
@@ -153,7 +155,7 @@ def _load(options: argparse.Namespace) -> "UPLiFTFeaturePipeline":
 
 
 def _beside_each_other(output: "UPLiFTFeatureOutput") -> "Image.Image":
-    """The picture of the backbone's features, and that of the upsampled ones to the right of it."""
+    """The image of the backbone's features (left) and that of the upsampled ones (right), side by side."""
     from PIL import Image
 
     left: Any = output.backbone_features[0]

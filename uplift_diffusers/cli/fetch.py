@@ -1,4 +1,4 @@
-"""`uplift-diffusers fetch`: download the photographs that a dataset lists."""
+"""`uplift-diffusers fetch`: download the photographs listed by a dataset."""
 
 import argparse
 from pathlib import Path
@@ -8,23 +8,23 @@ from uplift_diffusers.cli.console import CommandError, say, tell
 from uplift_diffusers.wording import reason
 
 NAME = "fetch"
-PURPOSE = "download the photographs that a dataset lists"
+PURPOSE = "download the photographs listed by a dataset"
 EPILOG = """\
 Unsplash-Lite:
-  Unsplash lets you use the photographs of its Lite dataset internally, to train machine-learning models. You must not
-  publish them or pass them on. By downloading them you accept its terms: https://unsplash.com/data-terms
+  Unsplash allows internal use of the photographs in its Lite dataset to train machine-learning models. You must not
+  publish or redistribute them. By downloading them you accept its terms: https://unsplash.com/data-terms
 
-  Its archive, which https://github.com/unsplash/datasets links to, holds the addresses of 25,000 photographs. They
-  are fetched at --size as JPEG of quality 95, to DIR/<photo_id>.jpg.
+  Its archive, linked from https://github.com/unsplash/datasets, holds the URLs of 25,000 photographs. They
+  are downloaded at --size as JPEG of quality 95, to DIR/<photo_id>.jpg.
 
-  Every file appears whole, after its image was decoded. What is there already is left as it is, so the same command
-  takes an interrupted one up again. What cannot be had is listed in DIR/unavailable.tsv: `gone` for addresses that
-  lead nowhere any more, `failed` for what may be there the next time.
+  Files are written atomically, after decoding the image. Existing files are kept, so the same command
+  continues an interrupted download. Photographs that could not be fetched are listed in DIR/unavailable.tsv: `gone`
+  if the URL no longer exists, `failed` if another attempt may succeed.
 
 Exit code:
-  0    every photograph is there, or gone
-  1    some photographs failed, or the connection did; run the same command again
-  2    nothing was begun: an argument is wrong, or the dataset is damaged
+  0    every photograph is downloaded or gone
+  1    some photographs or the connection failed; run the same command again
+  2    nothing was started: an argument is wrong, or the dataset is damaged
   130  interrupted by Ctrl-C; 143 and 129 by SIGTERM and SIGHUP
 
 Example:
@@ -37,23 +37,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=fetch)
     parser.add_argument("name", choices=("unsplash-lite",), metavar="NAME", help="unsplash-lite")
     parser.add_argument(
-        "--dataset", required=True, metavar="PATH", help="the dataset as published: its archive, or the folder of it"
+        "--dataset",
+        required=True,
+        metavar="PATH",
+        help="the dataset as published: its archive, or the unpacked folder",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the photographs")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the photographs")
     parser.add_argument(
         "--size",
         type=parse_count,
         default=1024,
-        help="pixels of the short side, or as many as there are (default: 1024)",
+        help="pixels of the short side; smaller photographs keep their size (default: 1024)",
     )
-    parser.add_argument("--jobs", type=parse_count, default=8, metavar="N", help="downloads at a time (default: 8)")
+    parser.add_argument("--jobs", type=parse_count, default=8, metavar="N", help="parallel downloads (default: 8)")
     parser.add_argument(
-        "--sha256", metavar="HEX", help="what the SHA-256 of PATH must be; of a folder, of its photos.tsv000"
+        "--sha256", metavar="HEX", help="expected SHA-256 of PATH, or of photos.tsv000 if PATH is a folder"
     )
 
 
 def fetch(options: argparse.Namespace) -> int:
-    """The command; its `--help` is its contract."""
+    """Run the command, as specified in its `--help`."""
     if not options.output:
         raise CommandError("--output must be a folder, got an empty name.")
     try:

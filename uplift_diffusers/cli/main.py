@@ -1,4 +1,4 @@
-"""`uplift-diffusers COMMAND`: finds the command, runs it, and turns its errors into one line and an exit code."""
+"""`uplift-diffusers COMMAND`: runs a command and turns its errors into one line and an exit code."""
 
 import argparse
 import importlib
@@ -19,12 +19,12 @@ PROGRAM = "uplift-diffusers"
 @dataclass(frozen=True)
 class Delegate:
     """
-    A command whose module has its own command line.
+    A command implemented by a module with its own argument parser.
 
     Args:
-        module: has a function `main(arguments) -> exit code`; imported when the command is given.
-        purpose: for `uplift-diffusers --help`.
-        extra: what has to be installed for it.
+        module: module with a function `main(arguments) -> exit code`; imported only when the command is run.
+        purpose: description in `uplift-diffusers --help`.
+        extra: the extra that the command needs.
     """
 
     module: str
@@ -33,20 +33,20 @@ class Delegate:
 
 
 DELEGATES = {
-    "train": Delegate("uplift_diffusers.training.train", "train an upsampler of the latents of a VAE", "train"),
-    "evaluate": Delegate("uplift_diffusers.evaluation.evaluate", "measure upscalers on photographs", "eval"),
+    "train": Delegate("uplift_diffusers.training.train", "train an upsampler for the latents of a VAE", "train"),
+    "evaluate": Delegate("uplift_diffusers.evaluation.evaluate", "evaluate upscalers on photographs", "eval"),
     "train-features": Delegate(
-        "uplift_diffusers.evaluation.predictive.training", "train an upsampler of a backbone's features", "train"
+        "uplift_diffusers.evaluation.predictive.training", "train an upsampler for a backbone's features", "train"
     ),
     "evaluate-features": Delegate(
-        "uplift_diffusers.evaluation.predictive.evaluate", "measure upsamplers of a backbone's features", "eval"
+        "uplift_diffusers.evaluation.predictive.evaluate", "evaluate upsamplers of a backbone's features", "eval"
     ),
-    "demo": Delegate("uplift_diffusers.demo.app", "enlarge and create pictures in the browser", "demo"),
+    "demo": Delegate("uplift_diffusers.demo.app", "upscale and generate images in the browser", "demo"),
 }
 
 
 class InterruptedBySignal(KeyboardInterrupt):
-    """SIGTERM or SIGHUP, which end a command as Ctrl-C does."""
+    """SIGTERM or SIGHUP, which end a command like Ctrl-C."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -54,7 +54,7 @@ class InterruptedBySignal(KeyboardInterrupt):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line `arguments`, by default those of the process, and return its exit code."""
+    """Run a command line, by default that of the process, and return its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in DELEGATES:
         return _delegate(arguments[0], arguments[1:])
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             return _run(arguments)
         except KeyboardInterrupt as interrupt:
-            tell("Interrupted. The outputs written so far are whole.")
+            tell("Interrupted. The outputs written so far are complete.")
             return getattr(interrupt, "exit_code", 130)
 
 
@@ -103,8 +103,8 @@ def _delegate(name: str, arguments: list[str]) -> int:
 def _build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=PROGRAM,
-        description="Make images larger in latent space.",
-        epilog=f"{PROGRAM} COMMAND --help says more.",
+        description="Upscale images in latent space.",
+        epilog=f"See {PROGRAM} COMMAND --help for details.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
@@ -127,7 +127,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
 @contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """Within the block SIGTERM and SIGHUP raise as Ctrl-C does, so that partial files are removed."""
+    """Let SIGTERM and SIGHUP raise an exception in the block, like Ctrl-C, so partial files are removed."""
 
     def interrupt(number, frame):
         raise InterruptedBySignal(number)

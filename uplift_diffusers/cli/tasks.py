@@ -1,4 +1,4 @@
-"""Which file is enlarged to which, and what cannot be, found out before any work."""
+"""Plans which input file is upscaled to which output file, and finds problems before any work."""
 
 import os
 from collections import Counter
@@ -12,12 +12,12 @@ from uplift_diffusers.saving import check_output_path
 from uplift_diffusers.wording import reason
 
 _MAX_NAME_BYTES = 255
-"""Of a file's name, where the system does not say."""
+"""Longest file name in bytes, if the system does not report it."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One image file to enlarge."""
+    """One image file to upscale."""
 
     source: Path
     target: Path
@@ -26,12 +26,12 @@ class Task:
 @dataclass
 class Plan:
     """
-    What is to be done.
+    The planned work.
 
     Args:
-        tasks: in order, each with an output of its own.
-        problems: a sentence on every input that cannot be looked at, or has no output that may be written.
-        left_out: how many files below the input folders are no images, by suffix.
+        tasks: in order, each with a different output.
+        problems: a message on every input that cannot be read or has no valid output.
+        left_out: number of files below the input folders that are not images, by suffix.
     """
 
     tasks: list[Task] = field(default_factory=list)
@@ -40,20 +40,20 @@ class Plan:
 
 
 def is_batch(inputs: list[str]) -> bool:
-    """Whether the outputs go into a folder, and what is wrong with one file does not keep the others."""
+    """Whether the outputs go into a folder, and a problem with one file does not affect the others."""
     return len(inputs) > 1 or os.path.isdir(inputs[0])
 
 
 def plan_tasks(inputs: list[str], output: str) -> Plan:
     """
-    Which file goes where. Nothing is written.
+    Plan the outputs of all inputs. Nothing is written.
 
     Args:
         inputs: files and folders.
-        output: a file or a folder, as `upscale --help` says.
+        output: a file or a folder, as described in `upscale --help`.
     Raises:
         CommandError: an input is missing, `output` is not of the right kind, an output would replace an input, or
-            what is in `problems` for several inputs holds for a single one.
+            a single input has a problem (with several inputs, `problems` lists them).
     """
     if not output:
         raise CommandError("--output must be a file or a folder, got an empty name.")
@@ -93,7 +93,7 @@ def plan_tasks(inputs: list[str], output: str) -> Plan:
 
 
 def _tasks_below(source: Path, folder: Path, plan: Plan) -> list[Task]:
-    """The files of an input and their outputs, two of which may have one name."""
+    """The files of an input and their outputs. Two outputs may have the same name."""
     if not os.path.isdir(source):
         return [Task(source, _in_output_format(folder / source.name))]
     inside_itself = folder.resolve() != source.resolve()  # an output folder below its input is no input
@@ -111,10 +111,10 @@ def _in_output_format(path: Path) -> Path:
 
 def _name_apart(tasks: list[Task], plan: Plan) -> list[Task]:
     """
-    The tasks with outputs that differ.
+    The tasks with distinct outputs.
 
-    Of inputs that would become the same file, those whose suffix changes keep it: a.gif beside a.png becomes
-    a.gif.png. Those of one name from different places are problems.
+    If several inputs would become the same file, those that change their suffix keep it in the name: with a.png
+    present, a.gif becomes a.gif.png. Inputs with the same name from different folders are problems.
     """
     counts = Counter(_key(task.target) for task in tasks)
     renamed = [
@@ -128,9 +128,9 @@ def _name_apart(tasks: list[Task], plan: Plan) -> list[Task]:
         sources.setdefault(_key(task.target), []).append(task.source)
     for first, *others in sources.values():
         if others:
-            plan.problems.append(f"{first}: would become the same file as {others[0]}. Enlarge them one by one.")
+            plan.problems.append(f"{first}: would become the same file as {others[0]}. Upscale them one by one.")
         for other in others:
-            plan.problems.append(f"{other}: would become the same file as {first}. Enlarge them one by one.")
+            plan.problems.append(f"{other}: would become the same file as {first}. Upscale them one by one.")
     return [task for task in renamed if len(sources[_key(task.target)]) == 1]
 
 
@@ -146,7 +146,7 @@ def _check_no_input_is_replaced(tasks: list[Task]) -> None:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """The same for every name of a file: links to it, and capital letters where they do not matter. None for none."""
+    """An identity of a file that is the same for links to it and for other spellings of its name; None if missing."""
     try:
         status = os.stat(path)
     except OSError:
@@ -155,12 +155,12 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _problem_of_target(target: Path) -> str | None:
-    """A sentence on an output that cannot be written or must not be replaced, whatever the flags say."""
+    """A message if an output cannot be written or must not be replaced, regardless of flags."""
     if too_long := _name_too_long(target):
         return too_long
     try:
         check_output_path(target, overwrite=True)
-    except NotADirectoryError:  # told where the folder is made
+    except NotADirectoryError:  # reported when the folder is made
         return None
     except OSError as error:
         return f"the output {target} cannot be written: {reason(error)}"

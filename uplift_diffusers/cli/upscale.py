@@ -1,4 +1,4 @@
-"""`uplift-diffusers upscale`: enlarge image files and folders of them."""
+"""`uplift-diffusers upscale`: upscale image files and folders."""
 
 import argparse
 import errno
@@ -33,52 +33,52 @@ if TYPE_CHECKING:
     from uplift_diffusers.pipelines.super_resolution import UPLiFTSuperResolutionPipeline
 
 MAX_OUTPUT_PIXELS = 100_000_000
-"""Pixels of the largest image that is made, which lies in memory as a Pillow image with four bytes for each."""
+"""Pixels of the largest output, which is held in memory as a Pillow image with four bytes per pixel."""
 
 NAME = "upscale"
-PURPOSE = "enlarge image files and folders of them"
+PURPOSE = "upscale image files and folders"
 EPILOG = f"""\
 INPUT and --output:
-  One file goes to a file, whose suffix picks the format, or into a folder that exists or is written with a / at the
-  end. Several inputs, or a folder with all that is below it, go into a folder, which is created. File names and the
-  tree below an input folder are kept. Outputs have the format of their input where that is png, jpg, jpeg, webp, tif,
-  tiff or bmp, and are png where it is gif or another one; where that gives two files one name, as for a.png and
-  a.gif, the second one is called a.gif.png.
+  A single file is written to a file, with the format of its suffix, or into a folder that exists or ends in a /.
+  Several inputs, or a folder, which is searched recursively, are written into a folder, which is created. File names
+  and the tree below an input folder are kept. Outputs have the format of their input if it is png, jpg, jpeg, webp,
+  tif, tiff or bmp, and are png otherwise. If two outputs would get the same name, as for a.png and a.gif, the second
+  is called a.gif.png.
 
-  Of a folder, what is hidden (.name) and the folder of --output are left out. Other folders that hold outputs of an
-  earlier run are inputs: keep them elsewhere. Files that are no images are counted at the end. Folders that cannot
-  be read, links to folders and links that lead nowhere are named.
+  In a folder, hidden files (.name) and the --output folder are skipped. Other folders with outputs of an earlier run
+  count as inputs: keep them elsewhere. The number of files that are not images is reported at the end. Unreadable
+  folders, links to folders and broken links are reported.
 
-How large:
-  --scale S, or one of --size, --megapixels and --long_side, for which every picture gets the scale that it needs.
-  --size 3840x fits the width, x2160 the height, and 3840x2160 both, without a change of shape. A picture that is
-  larger already, or would have to grow more than {MAX_SCALE} times, is named and skipped.
+Output size:
+  --scale S, or one of --size, --megapixels and --long_side, which set the scale of each image separately.
+  --size 3840x fits the width, x2160 the height, and 3840x2160 both, keeping the aspect ratio. An image that is
+  already larger, or would have to grow more than {MAX_SCALE} times, is reported and skipped.
 
-What becomes of a picture:
+Image contents:
   Every output has round(scale * width) by round(scale * height) pixels. Greyscale, alpha and 16-bit greyscale (png,
-  tiff) are kept; 16-bit colour becomes 8-bit. Where the output has no alpha (jpg, bmp) the picture is laid on white.
-  jpg has quality 95 without chroma subsampling, webp quality 95, the others are lossless. The colour profile and what
-  EXIF says of the picture are kept, but the orientation is applied and its tag left out. Of an animation or a
-  document of several pages the first one is taken. The traces of compression in a jpg are taken away as far as its
-  quality asks for it; --denoise overrides that.
+  tiff) are kept; 16-bit colour becomes 8-bit. If the output has no alpha (jpg, bmp), the image is composited on white.
+  jpg is saved with quality 95 without chroma subsampling, webp with quality 95; the others are lossless. Colour
+  profile and EXIF data are kept, but the orientation is applied and its tag removed. Of an animation or a document
+  with several pages, the first one is used. Compression artefacts of a jpg are removed according to its
+  quality; --denoise overrides this.
 
-  Inputs over 100 megapixels are refused, and so are outputs over {MAX_OUTPUT_PIXELS / 1e6:g}. A picture is made
-  at the next power of two of the scale and then reduced; it is the size that it is made at that counts.
+  Inputs over 100 megapixels are rejected, and so are outputs over {MAX_OUTPUT_PIXELS / 1e6:g}. An image is upscaled
+  to the next power of two of the scale and then downsampled; the limit applies before the downsampling.
 
-Running it again:
-  Inputs are never replaced. Existing outputs are kept: for a single file that is an error, of a folder or several
-  files the others are made. So the same command takes an interrupted job up again. Nothing is ever half-written.
+Existing outputs:
+  Inputs are never replaced. Existing outputs are kept: for a single file this is an error; with a folder or several
+  files, the missing ones are written. So the same command continues an interrupted job. Files are written atomically.
   --overwrite replaces files, but never a link, a FIFO, a socket or a device.
-  The same input, seed, model, kind of device and versions give the same output, alone or in a folder.
+  The same input, seed, model, device type and versions give the same output, alone or in a folder.
 
 Several devices or machines:
-  accelerate launch -m uplift_diffusers upscale ... splits the files over the processes that it starts, one for each
-  GPU, and says at the end what all of them did. Outputs are the same.
+  accelerate launch -m uplift_diffusers upscale ... splits the files between the processes that it starts, one per
+  GPU, and reports their total at the end. Outputs are the same.
 
 Exit code:
-  0    every output is written, or was there already
-  1    some inputs could not be enlarged; each is named on stderr, the other ones are done
-  2    nothing was begun: an argument is wrong, the output exists or cannot be written, the model does not load
+  0    every output is written, or existed already
+  1    some inputs could not be upscaled; each is reported on stderr, the others are done
+  2    nothing was started: an argument is wrong, the output exists or cannot be written, the model does not load
   130  interrupted by Ctrl-C; 143 and 129 by SIGTERM and SIGHUP
 
 Examples:
@@ -91,11 +91,11 @@ Examples:
 """
 
 _NOTHING_FITS_ANY_MORE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""What the system says where the next file would fail as well."""
+"""System errors after which the next file would fail as well."""
 
 
 class OutputError(Exception):
-    """An output that cannot be stored. The message is one sentence that names it."""
+    """An output cannot be stored. The message is one sentence that names it."""
 
     def __init__(self, target: Path, error: OSError):
         super().__init__(f"{target}: cannot be written: {reason(error)}")
@@ -104,7 +104,7 @@ class OutputError(Exception):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=upscale)
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="image file, or folder of them")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="image file, or folder of image files")
     parser.add_argument("--output", required=True, metavar="PATH", help="file or folder to write")
     how_large = parser.add_mutually_exclusive_group()
     how_large.add_argument("--scale", type=parse_scale, help=f"any number from 1 to {MAX_SCALE} (default: 2)")
@@ -116,16 +116,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="DIR_OR_HUB_ID",
-        help="a saved UPLiFTSuperResolutionPipeline, or a UPLiFTModel, which needs --vae too (default: the small one "
-        "that comes with the package)",
+        help="a saved UPLiFTSuperResolutionPipeline, or a UPLiFTModel, which needs --vae too (default: the embedded "
+        "model)",
     )
     parser.add_argument(
-        "--vae", metavar="DIR_OR_HUB_ID", help="a VAE, or a pipeline with a folder vae, instead of the model's own"
+        "--vae", metavar="DIR_OR_HUB_ID", help="a VAE, or a pipeline with a folder vae, instead of the model's VAE"
     )
     parser.add_argument(
         "--latent_space",
         metavar="NAME",
-        help="which latent space the VAE belongs to, such as sd15-vae, where its configuration does not say so",
+        help="which latent space the VAE belongs to, such as sd15-vae, if its configuration does not determine it",
     )
     parser.add_argument(
         "--seed", type=parse_seed, default=0, metavar="N", help="seed of every image's noise (default: 0)"
@@ -137,28 +137,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="of the computation: bfloat16 takes about half the time on CPUs with AVX512_BF16 (default: float32)",
+        help="dtype of the computation; bfloat16 takes about half the time with AVX512_BF16 (default: float32)",
     )
     parser.add_argument(
         "--denoise",
         type=parse_denoise,
         default="auto",
         metavar="X",
-        help="how much compression and noise to take away: 0, nothing, to 1, or auto: what a jpg's quality says, and "
-        "0 for the other formats (default: auto)",
+        help="how much of the compression artefacts and noise to remove, from 0 (none) to 1, or auto: according to "
+        "the quality of a jpg, and 0 for other formats (default: auto)",
     )
     parser.add_argument(
         "--consistency",
         type=parse_share,
         default=1.0,
         metavar="X",
-        help="from 0 to 1: how closely the output, reduced, has to equal the input (default: 1)",
+        help="from 0 to 1: how closely the downsampled output matches the input (default: 1)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
 
 
 def upscale(options: argparse.Namespace) -> int:
-    """The command; its `--help` is its contract."""
+    """Run the command, as specified in its `--help`."""
     from uplift_diffusers.cli.tasks import is_batch, plan_tasks
 
     # 1. Everything that can be wrong is looked at before torch is imported, which takes seconds
@@ -190,12 +190,12 @@ def upscale(options: argparse.Namespace) -> int:
     num_skipped = len(waiting) - written + (len(plan.problems) if index == 0 else 0)
     if index == 0 and plan.left_out:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(plan.left_out.items()))
-        tell(f"Left out, as no images: {kinds}.")
+        tell(f"Skipped, not images: {kinds}.")
     try:
         written, num_there, num_skipped = sum_over_processes(written, num_there, num_skipped)
     except (RuntimeError, ValueError, OSError) as error:
         mine = _summary(written, num_there, num_skipped)
-        tell(f"{mine} by this process; the other ones do not answer: {reason(error)}")
+        tell(f"{mine} by this process; the others do not respond: {reason(error)}")
         return 1
     said = index != 0 or say(_summary(written, num_there, num_skipped))
     return 0 if said and num_skipped == 0 else 1
@@ -204,7 +204,7 @@ def upscale(options: argparse.Namespace) -> int:
 def _load(options: argparse.Namespace) -> "UPLiFTSuperResolutionPipeline":
     model = options.model if options.model is not None else embedded_bundle()
     if options.model is None and not os.path.isdir(model):
-        raise CommandError("the model that comes with the package is not installed. Name one with --model.")
+        raise CommandError("the embedded model is not installed. Name another one with --model.")
     try:
         device = choose_device(options.device)
     except ValueError as error:
@@ -236,7 +236,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def _check_space(folder: Path, num_bytes: int) -> None:
-    """Raise OSError where so many bytes do not fit any more."""
+    """Raise OSError if there is not enough space left."""
     usage = shutil.disk_usage(folder)
     if usage.total and usage.free < num_bytes:  # some file systems of networks say 0 of 0
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -249,7 +249,7 @@ def _upscale_files(
     *,
     show_progress: bool,
 ) -> int:
-    """Work through `tasks`, tell of each that fails, and return how many are written."""
+    """Upscale all `tasks`, report those that fail, and return the number written."""
     from tqdm import tqdm
 
     written = 0
@@ -267,7 +267,9 @@ def _upscale_files(
                 written += 1
                 remarks = [f"{task.source}: {loss}" for loss in losses]
             if is_final and number < len(tasks):
-                remarks.append(f"{len(tasks) - number} more are not begun, for they could not be written either.")
+                remarks.append(
+                    f"{len(tasks) - number} more were not started, because they could not be written either."
+                )
             with tqdm.external_write_mode(file=sys.stderr):
                 for remark in remarks:
                     tell(remark)
@@ -279,7 +281,7 @@ def _upscale_files(
 def _upscale_file(
     task: "Task", pipeline: "UPLiFTSuperResolutionPipeline", options: argparse.Namespace
 ) -> tuple[str, ...]:
-    """Enlarge one file and return what it lost on the way, in sentences."""
+    """Upscale one file and return messages on what was lost."""
     import torch
 
     from uplift_diffusers.images.files import MAX_EDGES, OUTPUT_FORMATS, open_image, plan_saving
@@ -318,7 +320,7 @@ def _save(image: "Image.Image", target: Path, *, metadata: "Metadata", overwrite
 
 
 def _scale_of(options: argparse.Namespace, size: tuple[int, int]) -> float:
-    """The scale of one picture of `size` (height, width)."""
+    """The scale for one image of `size` (height, width)."""
     if options.size is None and options.megapixels is None and options.long_side is None:
         return 2.0 if options.scale is None else options.scale
     return resolve_scale(size, megapixels=options.megapixels, long_side=options.long_side, **(options.size or {}))

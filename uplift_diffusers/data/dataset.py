@@ -19,7 +19,7 @@ from uplift_diffusers.images.modes import lay_on_white, to_eight_bits
 logger = logging.get_logger(__name__)
 
 SHUFFLE_BUFFER = 256
-"""Encoded photographs from which the next one of a stream is drawn: about half a megabyte each, in every process."""
+"""Size of the shuffle buffer of a stream, in encoded photographs of about half a megabyte each, per process."""
 
 
 CropFunction = Callable[[Image.Image, int, int], torch.Tensor]
@@ -29,15 +29,15 @@ CropFunction = Callable[[Image.Image, int, int], torch.Tensor]
 @dataclass(frozen=True, kw_only=True)
 class Crop:
     """
-    Cuts a square out of a photograph. What is random depends only on (seed, epoch, index).
+    Crops a square from a photograph. All randomness depends only on (seed, epoch, index).
 
     Args:
         resolution: edge of the square in pixels.
-        random_crop: a random square, flipped half of the time, instead of the whole picture's centre.
-        max_reduction: with `random_crop`, half of the squares are taken from a picture reduced by a factor drawn from
-            1 to this (fine detail at every scale); 1.0 keeps the original size.
+        random_crop: a random square, flipped half of the time, instead of the resized centre square.
+        max_reduction: with `random_crop`, half of the squares are taken from an image downsampled by a factor drawn
+            from 1 to this (fine detail at every scale); 1.0 keeps the original size.
         augment_flip: without `random_crop`, flip half of the squares.
-        seed: first of the three numbers that everything random depends on.
+        seed: seed of all randomness.
     """
 
     resolution: int
@@ -63,7 +63,7 @@ class Crop:
 
     def _random(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         reduction = rng.uniform(1.0, self.max_reduction) if rng.random() < 0.5 else 1.0
-        # A picture smaller than the crop is enlarged: reduction then falls below 1.
+        # An image smaller than the crop is upsampled: the reduction is then below 1.
         reduction = min(reduction, min(image.size) / self.resolution)
         edge = round(self.resolution * reduction)
         left = int(rng.integers(0, image.width - edge + 1))
@@ -78,7 +78,7 @@ class Photographs(Dataset):
     """
     Crops of the photographs of a source, indexed by `(epoch, index)`.
 
-    The next readable photograph takes the place of a damaged one, which is logged once.
+    A damaged photograph is replaced with the next readable one and logged once.
     """
 
     def __init__(self, source: Source, crop: CropFunction):
@@ -109,13 +109,13 @@ class StreamedPhotographs(IterableDataset):
     """
     Crops of the photographs of a Hugging Face dataset that is downloaded as it is read, in an endless stream.
 
-    Every epoch the stream is shuffled: its shards, and then its records in a buffer of `SHUFFLE_BUFFER`. A run is
-    resumed by reading and dropping what was seen. That is exact, and reads at most two epochs' files.
+    In every epoch, the shards are shuffled, and then the records in a buffer of `SHUFFLE_BUFFER`. A run is
+    resumed by reading and skipping what was seen. That is exact, and reads at most two epochs' files.
 
     Args:
         stream: a `datasets.IterableDataset` of undecoded images.
-        image_column: the column that holds them.
-        crop: cuts the crops; a photograph's index is its place in the shuffled epoch.
+        image_column: the column with the images.
+        crop: makes the crops; a photograph's index is its position in the shuffled epoch.
         seed: seed of the order.
     """
 
@@ -127,7 +127,7 @@ class StreamedPhotographs(IterableDataset):
         self._told: set[str] = set()
 
     def seek(self, start: int, *, rank: int = 0, world_size: int = 1) -> None:
-        """Start at photograph `start`, as an `EpochSampler` does. Every process reads all, and decodes its share."""
+        """Start at photograph `start`. Every process reads everything and decodes its share."""
         self.start, self.rank, self.world_size = start, rank, world_size
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -192,7 +192,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
 
 def first_crops(photographs: Photographs | StreamedPhotographs, count: int) -> torch.Tensor:
-    """(count, 3, R, R) uint8, always the same ones: for what is fitted before the training."""
+    """(count, 3, R, R) uint8, always the same crops: for fitting before the training."""
     if isinstance(photographs, StreamedPhotographs):
         photographs.seek(0)
         return torch.stack(list(islice(photographs, count)))
@@ -214,11 +214,11 @@ def batches(
     Endless batches (B, 3, R, R) uint8 of one process.
 
     Args:
-        photographs: what is read.
-        batch_size: crops in a batch.
+        photographs: the crops.
+        batch_size: crops per batch.
         seed: seed of the order.
-        start: crops that all processes together have already had.
-        rank: number of this process.
+        start: number of crops that all processes together have already used.
+        rank: index of this process.
         world_size: number of processes.
         num_workers: worker processes that read ahead.
     """
@@ -239,10 +239,10 @@ def batches(
 
 def decode(file: bytes) -> Image.Image:
     """
-    An image file -> an RGB image: upright, transparency laid on white, 16 bits rounded to 8.
+    An image file -> an RGB image: upright, transparency composited on white, 16 bits rounded to 8.
 
     Raises:
-        ValueError: it is not an image, is damaged, too large, or has pixels of more than 16 bits.
+        ValueError: the file is not an image, is damaged, too large, or has pixels of more than 16 bits.
     """
     image = open_image(io.BytesIO(file)).image
     if image.mode == "I;16":  # which Pillow's own conversion would clip

@@ -1,4 +1,4 @@
-"""Damage that photographs have when people want them enlarged: JPEG compression, noise, blur, each by one strength."""
+"""Typical degradations of input images: JPEG compression, noise and blur, controlled by one strength."""
 
 import io
 
@@ -9,31 +9,31 @@ from PIL import Image, ImageFilter
 from uplift_diffusers.images.compression import CLEAN_QUALITY, POOREST_QUALITY
 
 NOISE_DEVIATION = 10.0
-"""Standard deviation of the noise at a strength of 1, in steps of 8 bits."""
+"""Standard deviation of the noise at a strength of 1, in 8-bit steps."""
 
 BLUR_RADIUS_PX = 0.8
-"""Deviation of the Gaussian blur at a strength of 1."""
+"""Standard deviation in pixels of the Gaussian blur at a strength of 1."""
 
 PERIOD_PX = 16
-"""Edge of the blocks of a JPEG with 4:2:0 chroma: its damage depends on where a crop lies on their grid."""
+"""Edge of the blocks of a JPEG with 4:2:0 chroma. The artefacts depend on the offset of a crop to their grid."""
 
 
 def degrade(
     images: torch.Tensor, *, probability: float, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Degrade a share of the images, each by a strength d drawn evenly from [0, 1].
+    Degrade a share of the images, each by a strength d drawn uniformly from [0, 1].
 
-    Of the degraded, 80 % become JPEGs of quality round(100 - 70 d) (4:2:0 chroma in three of four, else 4:4:4), 10 %
-    get noise or blur, and 10 % get noise or blur and then become JPEGs. The block grid of a JPEG begins anywhere, as
-    in a crop of a photograph.
+    Of the degraded images, 80 % become JPEGs of quality round(100 - 70 d) (4:2:0 chroma in three of four, else 4:4:4),
+    10 % get noise or blur, and 10 % get noise or blur and then become JPEGs. The block grid of a JPEG has a random
+    offset, as in a crop of a photograph.
 
     Args:
         images: (B, 3, H, W) in [0, 1].
-        probability: share that is degraded.
-        generator: everything random is drawn from it.
+        probability: share of degraded images.
+        generator: source of all randomness.
     Returns:
-        (B, 3, H, W), degraded ones in steps of 8 bits, and (B,) the strengths, 0 for images that stay as they are.
+        (B, 3, H, W), degraded images in 8-bit steps, and (B,) the strengths, 0 for unchanged images.
     """
     draws = torch.rand(len(images), 7, generator=generator).tolist()
     result, strengths = images.clone(), torch.zeros(len(images))
@@ -53,14 +53,14 @@ def degrade(
 
 
 def through_jpeg(images: torch.Tensor, *, quality: int) -> torch.Tensor:
-    """(B, 3, H, W) in [0, 1] -> the same as Pillow reads them back from JPEGs with its defaults."""
+    """(B, 3, H, W) in [0, 1] -> the same after saving as JPEG and reading with Pillow's defaults."""
     return torch.stack(
         [_to_tensor(_compress(_to_pixels(image), quality, subsampling="4:2:0"), like=images) for image in images]
     )
 
 
 def _compress(pixels: np.ndarray, quality: int, *, subsampling: str, corner: tuple[int, int] = (0, 0)) -> np.ndarray:
-    """(H, W, 3) through a JPEG in which it begins at `corner`, mirrored beyond its edges."""
+    """(H, W, 3) after JPEG compression, placed at `corner` of the block grid and mirrored beyond its edges."""
     top, left = corner
     padded = np.pad(pixels, ((top, 0), (left, 0), (0, 0)), mode="symmetric")
     file = io.BytesIO()

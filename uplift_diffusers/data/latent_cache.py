@@ -1,4 +1,4 @@
-"""Latents kept on disk, so that a VAE sees the same pixels only once."""
+"""A cache of latents on disk, to encode the same pixels only once."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""An image at every size of a training step, and the latents of each."""
+"""Images at every size of a training step, and their latents."""
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,6 @@ def encode_pyramid(
 ) -> list[torch.Tensor]:
     """The raw latents, float32 and without a gradient, of every level (B, 3, H, W) in [0, 1]."""
     encode = codec.encode if cache is None else cache.encode
-    # In float32 even where the model runs in autocast: rounded targets are wrong targets.
+    # In float32 even if the model runs in autocast, to keep the targets exact.
     with torch.no_grad(), torch.autocast(pyramid[0].device.type, enabled=False):
         return [encode(level).float() for level in pyramid]

@@ -1,4 +1,4 @@
-"""Where photographs lie: a folder, WebDataset tar shards or a Hugging Face dataset, each a numbered list of files."""
+"""Sources of photographs: a folder, WebDataset tar shards or a Hugging Face dataset, each an indexed list of files."""
 
 import glob
 import tarfile
@@ -10,10 +10,10 @@ from uplift_diffusers.images.files import INPUT_SUFFIXES, check_image_header, fi
 
 class Source(Protocol):
     """
-    A numbered list of image files.
+    An indexed list of image files.
 
     Attributes:
-        unreadable: a sentence for every file that was left out of the list.
+        unreadable: a message for every file that was skipped.
     """
 
     unreadable: list[str]
@@ -21,7 +21,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What a person finds the file by."""
+        """The file's path or identifier, for messages."""
         ...
 
     def read(self, index: int) -> bytes:
@@ -41,12 +41,12 @@ def open_source(
 
     Args:
         train_data_dir: a folder, searched recursively; a .tar file; or a pattern of them, such as `shards/*.tar`.
-        dataset_name: in place of `train_data_dir`: a dataset on the hub, or a folder that `datasets` loads.
-        dataset_config_name: its configuration, where it has several.
-        image_column: its column of images.
+        dataset_name: instead of `train_data_dir`, a dataset on the hub, or a folder that `datasets` can load.
+        dataset_config_name: its configuration, if it has several.
+        image_column: its column with images.
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: none of the files can be read, a shard is damaged, or the dataset is not of images.
+        FileNotFoundError: there are no files.
+        ValueError: none of the files can be read, a shard is damaged, or the dataset has no images.
     """
     if dataset_name is not None:
         dataset = load_dataset(dataset_name, dataset_config_name, image_column=image_column, streaming=False)
@@ -64,12 +64,12 @@ def find_images(folder: str | Path) -> list[Path]:
         raise FileNotFoundError(f"`{folder}` is not a folder.")
     paths = list(find_image_files(folder).files)
     if not paths:
-        raise FileNotFoundError(f"No images below `{folder}`. Known are: {', '.join(sorted(INPUT_SUFFIXES))}.")
+        raise FileNotFoundError(f"No images below `{folder}`. Suffixes: {', '.join(sorted(INPUT_SUFFIXES))}.")
     return paths
 
 
 class FolderSource:
-    """The image files below a folder, sorted by path; those that do not begin as an image are left out."""
+    """The image files below a folder, sorted by path; files without an image header are skipped."""
 
     def __init__(self, folder: str | Path):
         self.paths, self.unreadable = [], []
@@ -100,12 +100,12 @@ class _Member(NamedTuple):
 
 class TarSource:
     """
-    The image files in uncompressed tar shards, sorted by their path inside, as a folder of the same files would be.
+    The image files in uncompressed tar shards, sorted by their path inside, like a folder with the same files.
 
-    The shards are indexed once and then read at random: no order of shards, no shuffle buffer.
+    The shards are indexed once and then accessed at random, without a shuffle buffer.
 
     Args:
-        pattern: a .tar file, or several by `*`, `?` and `[...]`.
+        pattern: a .tar file, or a pattern with `*`, `?` and `[...]`.
     """
 
     def __init__(self, pattern: str):
@@ -154,9 +154,9 @@ class TarSource:
 
 class DatasetSource:
     """
-    The images of a map-style Hugging Face dataset, read at random from its Arrow files, as their files were.
+    The images of a map-style Hugging Face dataset, accessed at random in its Arrow files, as the original bytes.
 
-    Their headers are not looked at first, which would be to read all of the dataset.
+    Headers are not checked first, because that would mean reading the whole dataset.
     """
 
     def __init__(self, dataset: Any, name: str, image_column: str):
@@ -175,17 +175,17 @@ class DatasetSource:
 
 def load_dataset(name: str, config_name: str | None = None, *, image_column: str, streaming: bool) -> Any:
     """
-    The training split of a Hugging Face dataset, its images as the bytes of their files.
+    The training split of a Hugging Face dataset, with undecoded images.
 
     Args:
-        name: on the hub, or a folder: of files that `datasets` knows, or one that its `save_to_disk` wrote.
-        config_name: its configuration, where it has several.
+        name: name on the hub, or a folder: with files that `datasets` supports, or written by `save_to_disk`.
+        config_name: its configuration, if it has several.
         image_column: see `open_source`.
-        streaming: an `IterableDataset` that downloads as it goes, instead of a `Dataset` on this machine's disk.
+        streaming: return an `IterableDataset` that downloads while it is read, instead of a `Dataset` on disk.
     Raises:
         ImportError: the library `datasets` is not installed.
         FileNotFoundError: there is no such dataset.
-        ValueError: it has no such configuration or column, or no split for training.
+        ValueError: it has no such configuration or column, or no training split.
     """
     try:
         import datasets
@@ -220,7 +220,7 @@ def load_dataset(name: str, config_name: str | None = None, *, image_column: str
 
 
 def record_bytes(record: dict[str, Any]) -> bytes:
-    """The file behind an undecoded image of a dataset, which holds it or says where it lies."""
+    """The bytes of an undecoded image of a dataset, which are in the record or at its path."""
     if record["bytes"] is not None:
         return record["bytes"]
     import fsspec  # of `datasets`; for what is streamed the path may be one on the hub
@@ -231,7 +231,7 @@ def record_bytes(record: dict[str, Any]) -> bytes:
 
 
 def _header_problem(name: str, file: Path | IO[bytes]) -> str | None:
-    """What keeps a file from being read as an image, as far as its beginning tells, as a sentence; or None."""
+    """A message if the header shows that a file cannot be read as an image, else None."""
     try:
         check_image_header(file)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Fetching the photographs of an Unsplash dataset, whose archive holds only their addresses."""
+"""Download the photographs of an Unsplash dataset, which is published as a list of URLs."""
 
 import csv
 import email.utils
@@ -32,7 +32,7 @@ TERMS = (
 COLUMNS = ("photo_id", "photo_image_url", "photo_width", "photo_height")
 JPEG_QUALITY = 95
 FAILURES_IN_A_ROW = 25
-"""Photographs given up one after the other, at which it is the connection that has failed."""
+"""Consecutive failures after which the connection counts as lost."""
 
 MAX_BYTES = 100 * 2**20
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -50,7 +50,7 @@ class Photo:
     height: int
 
     def resized_url(self, size: int) -> httpx.URL:
-        """The address of a JPEG whose short side has `size` pixels, or as many as there are. Raises InvalidURL."""
+        """The URL of a JPEG with a short side of at most `size` pixels, never upsampled. Raises InvalidURL."""
         width = min(self.width, math.ceil(self.width * size / min(self.width, self.height)))
         return httpx.URL(self.url).copy_merge_params({"w": width, "fm": "jpg", "q": JPEG_QUALITY})
 
@@ -58,12 +58,12 @@ class Photo:
 @dataclass(frozen=True)
 class Outcome:
     """
-    What became of a photograph.
+    The result for one photograph.
 
     Args:
-        photo: which one.
-        status: `fetched`; `gone`, where asking again is no use; or `failed`, where it may be.
-        reason: why not, as a sentence.
+        photo: the photograph.
+        status: `fetched`; `gone`, if another attempt is pointless; or `failed`, if it may succeed.
+        reason: the reason for a failure, as a sentence.
     """
 
     photo: Photo
@@ -73,7 +73,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Summary:
-    """How many photographs were fetched now, were there already, are gone and failed."""
+    """The numbers of photographs that were fetched, existed already, are gone, and failed."""
 
     fetched: int
     there: int
@@ -82,7 +82,7 @@ class Summary:
 
 
 class Gone(Exception):  # noqa: N818
-    """The server's answer will stay the same."""
+    """The server's answer is final."""
 
 
 class Failed(Exception):  # noqa: N818
@@ -95,16 +95,16 @@ class Stopped(Exception):  # noqa: N818
 
 class ImageDownloader:
     """
-    Downloads image files from servers that stall, break off, answer with something else or ask for a pause.
+    Downloads image files from servers that stall, break off, return something else or ask for a pause.
 
-    Several threads may use one.
+    It is safe to use from several threads.
 
     Args:
-        connections: most connections at a time.
+        connections: maximum number of connections.
         attempts: attempts per file. If a server asks for a pause (Retry-After), all threads wait.
         pause: longest wait before the second attempt, in seconds. It doubles with each attempt, up to a minute.
-        seconds: longest wait for the next bytes of an answer.
-        seconds_per_file: longest time for a whole answer, so that a server that drips is given up.
+        seconds: longest wait for the next bytes of a response.
+        seconds_per_file: time limit for a whole response, against servers that send very slowly.
     """
 
     def __init__(
@@ -134,15 +134,15 @@ class ImageDownloader:
         self._client.close()
 
     def stop(self) -> None:
-        """Let every download under way end as `Stopped`."""
+        """End all running downloads with `Stopped`."""
         self._stopped.set()
 
     def download(self, url: httpx.URL) -> bytes:
         """
-        A file that decodes as an image.
+        Download a file that decodes as an image.
 
         Raises:
-            Gone, Failed, Stopped: with a sentence on why.
+            Gone, Failed, Stopped: with a message that says why.
         """
         reason = ""
         for attempt in range(self.attempts):
@@ -174,7 +174,7 @@ class ImageDownloader:
                 raise Gone(f"HTTP {response.status_code}.")
             kind = response.headers.get("Content-Type", "of no type")
             if not kind.startswith("image/"):
-                raise Failed(f"The answer is no image ({kind}).")
+                raise Failed(f"The answer is not an image ({kind}).")
             body = bytearray()
             for chunk in response.iter_bytes():
                 body += chunk
@@ -202,14 +202,14 @@ class ImageDownloader:
 
 def read_photos(dataset: str | Path, *, sha256: str | None = None) -> list[Photo]:
     """
-    The photographs that a dataset lists.
+    The photographs listed by a dataset.
 
     Args:
-        dataset: the archive as it is published (.zip), or the folder that it was unpacked to.
-        sha256: what the SHA-256 of the archive, or of the folder's table of photographs, has to be.
+        dataset: the published archive (.zip), or the folder it was unpacked to.
+        sha256: expected SHA-256 of the archive, or of the folder's table of photographs.
     Raises:
-        FileNotFoundError: no archive, or no table of photographs in it.
-        ValueError: another SHA-256, or a table that is not one of photographs.
+        FileNotFoundError: there is no archive, or no table of photographs in it.
+        ValueError: the SHA-256 differs, or the table is not one of photographs.
     """
     dataset = Path(dataset)
     if dataset.is_dir():
@@ -241,17 +241,18 @@ def fetch_photos(
     downloader: ImageDownloader | None = None,
 ) -> Summary:
     """
-    Download photographs to `folder/<photo_id>.jpg`, several at a time. Those that are there are left as they are.
+    Download photographs to `folder/<photo_id>.jpg`, several at a time. Existing files are kept.
 
-    Every file appears whole, after its image was decoded. What cannot be had is listed in `folder/unavailable.tsv`,
-    which is written anew each time. `folder/fetch.json` says what the folder holds. One fetch at a time in a folder.
+    Files are written atomically, after decoding the image. Photographs that could not be fetched are listed in
+    `folder/unavailable.tsv`, which is rewritten each time. `folder/fetch.json` describes the folder. Only one fetch at
+    a time may use a folder.
 
     Args:
         photos: from `read_photos`.
-        folder: created if need be.
-        size: pixels of the short side; of photographs that are smaller, what there is.
-        jobs: downloads at a time.
-        downloader: what downloads, by default with its own defaults; used up.
+        folder: created if needed.
+        size: pixels of the short side; smaller photographs keep their size.
+        jobs: number of parallel downloads.
+        downloader: closed at the end; by default one with default settings.
     Raises:
         ValueError: the folder holds photographs of another size.
         ConnectionError: `FAILURES_IN_A_ROW` photographs failed in a row.
@@ -299,11 +300,11 @@ def fetch_photos(
 
 def check_folder(folder: Path, size: int) -> None:
     """
-    Create `folder` if need be and note in it what it is for.
+    Create `folder` if needed and record its size setting in it.
 
     Raises:
-        ValueError: it holds photographs of another size.
-        OSError: it cannot be written.
+        ValueError: the folder holds photographs of another size.
+        OSError: the folder cannot be written.
     """
     make_writable_folder(folder)
     note = folder / "fetch.json"
@@ -371,7 +372,7 @@ def _write_report(path: Path, missing: list[Outcome]) -> None:
 
 
 def parse_retry_after(value: str | None) -> float:
-    """Seconds that a Retry-After header asks to wait, which has a number of them or a date; 0 if it says nothing."""
+    """The wait in seconds given by a Retry-After header, as a number or a date; 0 if there is none."""
     if value is None:
         return 0.0
     if value.strip().isdigit():

@@ -1,1 +1,1 @@
-"""The demo: `uplift-diffusers demo` opens a page that enlarges, creates and compares pictures."""
+"""The demo: `uplift-diffusers demo` serves a page that upscales, generates and compares images."""

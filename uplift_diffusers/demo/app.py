@@ -29,9 +29,9 @@ def main(arguments: list[str] | None = None, *, examples: Path | None = None) ->
 
     Args:
         arguments: the command line, by default that of the process.
-        examples: folder of pictures to offer, all of which visitors can read.
+        examples: folder of example images, all of which visitors can read.
     Returns:
-        The exit code: 0, or 2 and one line on stderr for what a person can put right.
+        The exit code: 0, or 2 with one line on stderr for an error that the user can fix.
     """
     options = _build_parser().parse_args(arguments)
     if sentence := _what_is_wrong(options):
@@ -49,13 +49,13 @@ def main(arguments: list[str] | None = None, *, examples: Path | None = None) ->
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog=PROGRAM, description="Enlarge and create pictures in the browser.", allow_abbrev=False)
+    parser = Parser(prog=PROGRAM, description="Upscale and generate images in the browser.", allow_abbrev=False)
     parser.add_argument(
         "--model",
         metavar="DIR_OR_HUB_ID",
-        help="offered beside the embedded model: a saved UPLiFTSuperResolutionPipeline, or a UPLiFTModel with --vae",
+        help="another model to offer: a saved UPLiFTSuperResolutionPipeline, or a UPLiFTModel with --vae",
     )
-    parser.add_argument("--vae", metavar="DIR_OR_HUB_ID", help="VAE of --model, where it is not its own")
+    parser.add_argument("--vae", metavar="DIR_OR_HUB_ID", help="VAE for --model, if it does not include one")
     parser.add_argument("--latent_space", metavar="NAME", help="which latent space --vae belongs to")
     parser.add_argument(
         "--text_to_image",
@@ -67,7 +67,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "--upsampler",
         metavar="DIR_OR_HUB_ID",
         default=UPSAMPLER,
-        help=f"UPLiFTModel for the tab Create, where --text_to_image has none (default: {UPSAMPLER})",
+        help=f"UPLiFTModel for the tab Create, if --text_to_image does not include one (default: {UPSAMPLER})",
     )
     parser.add_argument(
         "--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda:1, ... (default: auto)"
@@ -77,21 +77,21 @@ def _build_parser() -> argparse.ArgumentParser:
         type=int,
         default=DEFAULT_MAX_PIXELS,
         metavar="N",
-        help=f"pixels of the largest picture that is made (default: {DEFAULT_MAX_PIXELS})",
+        help=f"limit on the output in pixels (default: {DEFAULT_MAX_PIXELS})",
     )
-    parser.add_argument("--port", type=int, metavar="N", help="default: the first free one from 7860 on")
+    parser.add_argument("--port", type=int, metavar="N", help="default: the first free port from 7860")
     parser.add_argument(
         "--host",
         default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
         help="0.0.0.0 lets other machines in (default: only this one, or the variable GRADIO_SERVER_NAME)",
     )
     parser.add_argument("--share", action="store_true", help="make a public address, through Gradio's server")
-    parser.add_argument("--auth", metavar="NAME:PASSWORD", help="ask for these before anything is shown")
+    parser.add_argument("--auth", metavar="NAME:PASSWORD", help="require a login")
     return parser
 
 
 def _what_is_wrong(options: argparse.Namespace) -> str | None:
-    """A sentence on the first argument that cannot be right; whether a model loads is seen when it is loaded."""
+    """A message on the first invalid argument; models are only checked when they are loaded."""
     if options.max_pixels < 1:
         return f"--max_pixels must be at least 1, got {options.max_pixels}."
     if options.port is not None and not 1 <= options.port <= 65535:
@@ -105,12 +105,12 @@ def _what_is_wrong(options: argparse.Namespace) -> str | None:
         if place is not None and not os.path.exists(place) and place.count("/") != 1:
             return f"--{name} must be a folder or a name on the hub (owner/name), got {place}, which is neither."
     if options.model is None and not embedded_bundle().is_dir():
-        return "the model that comes with the package is not installed. Name one with --model."
+        return "the embedded model is not installed. Name another one with --model."
     return None
 
 
 def _serve(options: argparse.Namespace, folder: Path, examples: Path | None, interrupted: threading.Event) -> int:
-    # Gradio reads these when it is imported. Nothing is told to or fetched from the network.
+    # Gradio reads these when it is imported. Nothing is sent to or fetched from the network.
     os.environ.update(
         GRADIO_TEMP_DIR=str(folder),
         GRADIO_ANALYTICS_ENABLED="False",
@@ -187,10 +187,10 @@ def _pictures_in(folder: Path | None) -> list[Path]:
 
 def _interruption() -> threading.Event:
     """
-    Set by the first Ctrl-C, SIGTERM or SIGHUP, in place of an exception, which a second one raises.
+    An event that is set by the first Ctrl-C, SIGTERM or SIGHUP; a second one raises an exception.
 
-    An exception in the middle of `launch` would leave a server behind that nobody can close, and whose threads Python
-    waits for.
+    An exception in the middle of `launch` would leave a server running that cannot be closed, and Python would wait
+    for its threads.
     """
     interrupted = threading.Event()
     # What is ignored, as SIGHUP under nohup, stays ignored.

@@ -1,4 +1,4 @@
-"""What stands before the page: who may ask at all, and how fast passwords can be tried."""
+"""Access control: which requests are answered, and a rate limit on logins."""
 
 import asyncio
 import ipaddress
@@ -8,14 +8,14 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 LOGIN_S = 1.0
-"""Seconds that every login takes, one after the other."""
+"""Seconds per login; logins are processed one at a time."""
 
 MAX_LOGINS = 10
-"""Logins that may wait; further ones are refused."""
+"""Logins that may wait; further ones are rejected."""
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host, without its port, is this machine under a name that no other machine can have."""
+    """Whether a host, without its port, is a loopback name or address."""
     if host == "localhost":
         return True
     try:
@@ -29,10 +29,9 @@ class Guard:
     ASGI middleware.
 
     Args:
-        app: what is guarded.
-        loopback_only: answer only requests whose Host is the loopback, and whose Origin, where there is one, is it
-            too, at the same port. Then no page of another site can use the demo, neither by sending requests to it
-            nor by a name of its own that leads here (DNS rebinding).
+        app: the app to protect.
+        loopback_only: answer only requests with a loopback Host and, if there is an Origin, a loopback Origin at the
+            same port. Then no other web page can use the demo, neither by cross-origin requests nor by DNS rebinding.
     """
 
     def __init__(self, app: ASGIApp, *, loopback_only: bool):
@@ -43,7 +42,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._loopback_only and not _comes_from_here(scope):
-            answer = PlainTextResponse("This demo answers on this machine only. Open it at 127.0.0.1.", 403)
+            answer = PlainTextResponse("This demo is available on this machine only. Open it at 127.0.0.1.", 403)
             return await answer(scope, receive, send)
         if scope["type"] == "websocket" and self._loopback_only and not _comes_from_here(scope):
             return await send({"type": "websocket.close", "code": 1008})
@@ -72,7 +71,7 @@ def _comes_from_here(scope: Scope) -> bool:
 
 
 def _place(address: str) -> tuple[str, int | None] | None:
-    """Host and port of an address; None for what is none, as the Origin `null`."""
+    """Host and port of an address; None if it is not one, such as the Origin `null`."""
     try:
         parts = urlsplit(address)
         return None if parts.hostname is None else (parts.hostname, parts.port)

@@ -1,4 +1,4 @@
-"""The demo's jobs: one at a time, visitors in turn, each told how far it is and stopped when nobody waits for it."""
+"""The demo's job queue: one job at a time, visitors in turn, with progress reports and cancellation."""
 
 import asyncio
 import contextvars
@@ -19,25 +19,25 @@ from typing import Any, TypeVar
 import psutil
 
 Report = Callable[[float, str], object]
-"""(fraction from 0 to 1, sentence): how a job says how far it is."""
+"""(fraction from 0 to 1, message): reports a job's progress."""
 
 Result = TypeVar("Result")
 
 MAX_JOBS = 32
-"""Jobs that may wait, of all visitors."""
+"""Maximum number of waiting jobs in total."""
 
 MAX_JOBS_OF_ADDRESS = 16
-"""Jobs that may wait of one network address, behind which several visitors may be."""
+"""Maximum number of waiting jobs per network address, which several visitors may share."""
 
 MAX_JOBS_OF_VISITOR = 4
-"""Jobs that may wait of one visitor."""
+"""Maximum number of waiting jobs per visitor."""
 
 _asides = threading.BoundedSemaphore(3)
-"""Held by every call of `Job.aside` until it really ends, so that cancelling again and again fills no memory."""
+"""Held by every call of `Job.aside` until it really ends, so repeated cancelling cannot fill the memory."""
 
 
 class StoppedError(Exception):
-    """Raised inside a job that nobody waits for any more."""
+    """Raised inside a job that was cancelled."""
 
 
 class BusyError(Exception):
@@ -46,11 +46,11 @@ class BusyError(Exception):
 
 class Job:
     """
-    What a piece of work is given: a folder for its files, and the way to its visitor.
+    The context of a job: a folder for its files, progress and cancellation.
 
     Attributes:
-        folder: empty, for what the visitor gets; it goes away if the work fails.
-        peak_memory_bytes: at most in use since the plan was made, by all of the process, or on the accelerator.
+        folder: an empty folder for the results; deleted if the work fails.
+        peak_memory_bytes: peak since the plan was made, of the process or on the accelerator.
     """
 
     folder: Path
@@ -65,23 +65,23 @@ class Job:
         self._started = time.perf_counter()
 
     def stop(self) -> None:
-        """Let the work end at its next step."""
+        """Request that the work ends at its next step."""
         self._stop.set()
 
     def check(self) -> None:
-        """Called again and again by the work. Raises StoppedError after `stop`."""
+        """Called by the work at every step. Raises StoppedError after `stop`."""
         if self._stop.is_set():
             raise StoppedError
         self.peak_memory_bytes = max(self.peak_memory_bytes, _memory_in_use())
 
     def aside(self, function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
         """
-        `function(*arguments, **options)`, which is not waited for any more after `stop`.
+        Run `function(*arguments, **options)`, but do not wait for it after `stop`.
 
-        For what takes seconds and cannot be asked to end half-way, as opening and saving large pictures.
+        For calls that take seconds and cannot be interrupted, such as opening and saving large images.
 
         Raises:
-            StoppedError: the job was stopped. What `function` still does is lost.
+            StoppedError: the job was stopped. The result of `function` is discarded.
             Whatever `function` raises.
         """
         outcome: Future = Future()
@@ -103,7 +103,7 @@ class Job:
         return outcome.result()
 
     def plan(self, shares: dict[str, float], *, prefix: str = "") -> None:
-        """Begin a piece of work whose stages take the time of `shares`, in this order."""
+        """Start work in stages that take time in proportion to `shares`, in this order."""
         total = sum(shares.values())
         self._shares = {stage: share / total for stage, share in shares.items() if share}
         self._done = dict.fromkeys(self._shares, 0.0)
@@ -113,7 +113,7 @@ class Job:
         self._tell()
 
     def advance(self, stage: str, done: float) -> None:
-        """A stage of the plan is done to the share `done`, from 0 to 1. Raises StoppedError after `stop`."""
+        """Report that a share `done`, from 0 to 1, of a stage is done. Raises StoppedError after `stop`."""
         self.check()
         self._done[stage] = min(max(done, self._done[stage]), 1.0)
         self._tell()
@@ -132,7 +132,7 @@ class Job:
 
 @dataclass(eq=False)
 class _Entry:
-    """A job in the queue, waiting or at work."""
+    """A job in the queue, waiting or running."""
 
     job: Job
     visitor: str
@@ -144,13 +144,13 @@ class _Entry:
 
 class JobQueue:
     """
-    Does one job at a time, all of them in the same thread. To be used by one event loop at a time.
+    Runs one job at a time, always in the same thread. Use it from one event loop at a time.
 
-    Visitors take turns: the next job is the one of the visitor who was served longest ago, so that whoever asks for
-    many things delays another visitor by one job only.
+    Visitors take turns: the next job is that of the visitor who was served longest ago, so a visitor with
+    many jobs delays another one by one job only.
 
     Args:
-        root: folder below which every job has its own.
+        root: parent of the jobs' folders.
     """
 
     def __init__(self, root: Path):
@@ -165,18 +165,18 @@ class JobQueue:
         self, work: Callable[[Job], Result], *, visitor: str, report: Report, address: str | None = None
     ) -> Result:
         """
-        Wait for the turn of `visitor`, then do `work`.
+        Wait for the turn of `visitor`, then run `work`.
 
-        Cancelling the task that awaits this stops the work at its next step. What a failed or stopped job wrote is
+        Cancelling the task that awaits this stops the work at its next step. Files of a failed or stopped job are
         deleted.
 
         Args:
-            work: given its [`Job`].
-            visitor: whose job it is, see `leave`.
-            report: called with the caller's context variables, by the thread of the work and while it waits.
-            address: of the visitor in the network, where that is to be limited too.
+            work: called with its [`Job`].
+            visitor: owner of the job, see `leave`.
+            report: called with the caller's context variables, from the worker thread and while waiting.
+            address: network address of the visitor, if jobs per address are limited.
         Raises:
-            BusyError: too many jobs wait.
+            BusyError: too many jobs are waiting.
             StoppedError: the visitor has left.
             Whatever `work` raises.
         """
@@ -203,17 +203,17 @@ class JobQueue:
             self._tell_places()
 
     def prepare(self, work: Callable[[], object]) -> None:
-        """Do `work` before the first job, and let whoever needs its outcome find out how it went."""
+        """Run `work` before the first job; its errors are ignored here and show when its result is needed."""
         self._thread.submit(work)
 
     def leave(self, visitor: str | None) -> None:
-        """Stop the jobs of a visitor who has gone."""
+        """Stop the jobs of a visitor who has left."""
         for entry in (*self._waiting, self._working):
             if entry is not None and entry.visitor == visitor:
                 entry.job.stop()
 
     def close(self) -> None:
-        """Stop every job and take no other one."""
+        """Stop all jobs and accept no new ones."""
         for entry in (*self._waiting, self._working):
             if entry is not None:
                 entry.job.stop()
@@ -240,7 +240,7 @@ class JobQueue:
                 entry.turn.set_result(None)
 
     def _order(self) -> list[_Entry]:
-        """What waits, the next one first."""
+        """The waiting jobs, the next one first."""
         turns, waiting, order = dict(self._turns), list(self._waiting), []
         for number in range(len(waiting)):
             entry = min(waiting, key=lambda entry: turns.get(entry.visitor, 0))  # the first of those that are equal
@@ -268,7 +268,7 @@ class JobQueue:
 
 @contextmanager
 def stoppable(job: Job, *modules) -> Iterator[None]:
-    """Within the block, every layer of `modules` asks `job` first whether to go on."""
+    """Within the block, every layer of `modules` first checks whether `job` was stopped."""
     layers = {layer for module in modules for layer in module.modules()}
     hooks = [layer.register_forward_pre_hook(lambda *_: job.check()) for layer in layers]
     try:
@@ -285,7 +285,7 @@ def _time_left(seconds: float | None) -> str:
 
 
 def _memory_in_use(*, reset: bool = False) -> int:
-    """Bytes: what was allocated on the accelerator at most since `reset`, or what the process holds now."""
+    """Peak bytes allocated on the accelerator since `reset`, or bytes in use by the process now."""
     import torch
 
     if torch.cuda.is_initialized():

@@ -1,4 +1,4 @@
-"""The Gradio page: its look, its tabs, and a sentence for whatever it cannot answer."""
+"""The Gradio page: theme, tabs, and error messages."""
 
 import inspect
 import logging
@@ -18,10 +18,10 @@ from uplift_diffusers.wording import printable, reason
 log = logging.getLogger("uplift_diffusers.demo")
 
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, MemoryError, BusyError)
-"""What is raised for something that a visitor can put right, or has to know; other errors are bugs."""
+"""Errors that a visitor can fix or has to know; all others are bugs."""
 
 MAX_REQUESTS = 200
-"""Requests that may be under way; further ones are told so. How many jobs may wait is for `JobQueue` to say."""
+"""Maximum number of concurrent requests; further ones get an error. `JobQueue` limits the waiting jobs."""
 
 FILES_KEPT_S = 3600
 """Seconds after which uploads and results are deleted."""
@@ -78,7 +78,7 @@ PASTE = """
 
 
 class Page(gr.Blocks):
-    """Blocks whose every error reaches visitors and programs as a sentence, and the log with its trace."""
+    """Blocks that report every error to visitors and programs as a sentence, and to the log with its traceback."""
 
     async def process_api(self, *args, **kwargs) -> dict[str, Any]:
         try:
@@ -92,7 +92,7 @@ class Page(gr.Blocks):
             raise _refusal(reason(error)) from error
         except Exception as error:
             log.exception("A request failed, which is a bug")
-            raise _refusal("This went wrong in the server; its log says more.") from error
+            raise _refusal("Internal error. See the server's log for details.") from error
 
     async def preprocess_data(self, block_fn: BlockFunction, inputs: list, *args, **kwargs) -> list:
         if not isinstance(inputs, list) or len(inputs) != len(block_fn.inputs):
@@ -108,15 +108,13 @@ class Page(gr.Blocks):
             raise
         except Exception as error:  # of Gradio's own checks, as of files that nobody uploaded
             log.exception("A request was refused")
-            raise _refusal(
-                "Files must be uploaded to this server, and other values be as its API describes."
-            ) from error
+            raise _refusal("Files must be uploaded to this server, and other values must match its API.") from error
 
 
 def build(*, jobs: JobQueue, models: Models, source: Source, limits: Limits, examples: Sequence[Path]) -> gr.Blocks:
-    """The page. What it does is done in `jobs`, with `models`."""
+    """Build the page. Its work runs in `jobs`, with `models`."""
     with Page(title="uplift-diffusers", analytics_enabled=False, delete_cache=(60, FILES_KEPT_S)) as page:
-        gr.Markdown("# uplift-diffusers\nMake pictures larger in latent space.")
+        gr.Markdown("# uplift-diffusers\nUpscale images in latent space.")
         with gr.Tabs():
             with gr.Tab("Enlarge"):
                 enlarge_tab(jobs, models, limits, examples)
@@ -142,7 +140,7 @@ def _refusal(sentence: str) -> gr.Error:
 
 
 def _broken_rule(component: object, value: Any) -> str | None:
-    """What a value of `component` has to be, if `value` is not that."""
+    """The rule for values of `component`, if `value` violates it."""
     if isinstance(component, gr.Slider):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         fits = is_number and math.isfinite(value) and component.minimum <= value <= component.maximum

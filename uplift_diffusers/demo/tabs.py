@@ -1,4 +1,4 @@
-"""The tabs Enlarge, Create and Compare, and what they have in common."""
+"""The tabs Enlarge, Create and Compare, and their shared parts."""
 
 import asyncio
 import html
@@ -25,13 +25,13 @@ QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibil
 @dataclass(frozen=True)
 class Limits:
     """
-    What visitors may ask for.
+    Limits for visitors.
 
     Args:
-        max_pixels: of the largest picture that is made.
-        max_files: of one job.
-        is_local: whether all of them sit at this machine. Only then they may name another Stable Diffusion than that
-            of the command line, and their addresses are not counted.
+        max_pixels: limit on an output in pixels.
+        max_files: maximum number of files per job.
+        is_local: whether all visitors use this machine. Only then they may choose another Stable Diffusion than that
+            of the command line, and jobs per address are not limited.
     """
 
     max_pixels: int
@@ -42,15 +42,15 @@ class Limits:
 def enlarge_tab(jobs: JobQueue, models: Models, limits: Limits, examples: Sequence[Path]) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            files = file_input("Pictures: drop, paste or choose", file_count="multiple")
-            scale = gr.Slider(1.5, 8, value=2, step=0.1, label="Scale", info="Width and height times this", buttons=[])
+            files = file_input("Images: drop, paste or choose", file_count="multiple")
+            scale = gr.Slider(1.5, 8, value=2, step=0.1, label="Scale", info="Factor for width and height", buttons=[])
             model = model_input(models)
             run, stop = buttons("Enlarge")
             shown_examples = examples_input(examples)
         with gr.Column(scale=2, min_width=300):
-            seen = viewer(label="Before and after", placeholder="The picture will appear here.")
+            seen = viewer(label="Before and after", placeholder="The image will appear here.")
             gallery = gr.Gallery(
-                label="Enlarged pictures", visible=False, columns=4, height="auto", object_fit="contain",
+                label="Enlarged images", visible=False, columns=4, height="auto", object_fit="contain",
                 allow_preview=False, interactive=False, buttons=[],
             )  # fmt: skip
             with gr.Row():
@@ -60,19 +60,19 @@ def enlarge_tab(jobs: JobQueue, models: Models, limits: Limits, examples: Sequen
 
     async def enlarge(files, scale, model, request: gr.Request, progress=gr.Progress()):
         """
-        Enlarge pictures as PNG files that keep the names and the metadata of the originals.
+        Upscale images to PNG files that keep the names and the metadata of the originals.
 
         Args:
-            files: picture files, of up to 100 megapixels each.
+            files: image files, of up to 100 megapixels each.
             scale: from 1.5 to 8; the results have round(scale * width) by round(scale * height) pixels.
             model: one of the models that the server offers.
         Returns:
-            Before and after of the first picture; all results; the result, or a zip of several; figures as HTML.
+            Before and after of the first image; all results; the result, or a zip of several; figures as HTML.
         """
         if not files:
-            raise gr.Error("Choose a picture first.", print_exception=False)
+            raise gr.Error("Choose an image first.", print_exception=False)
         if len(files) > limits.max_files:
-            raise gr.Error(f"At most {limits.max_files} pictures at a time, got {len(files)}.", print_exception=False)
+            raise gr.Error(f"At most {limits.max_files} images at a time, got {len(files)}.", print_exception=False)
 
         def do(job):
             results, failures = work.enlarge_files(
@@ -133,14 +133,14 @@ def create_tab(tab: gr.Tab, jobs: JobQueue, models: Models, source: Source, limi
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             prompt = gr.Textbox("", label="Prompt", lines=2, placeholder="a lighthouse on a cliff")
-            negative = gr.Textbox("", label="Negative prompt", placeholder="what should not be seen")
+            negative = gr.Textbox("", label="Negative prompt", placeholder="what to avoid")
             with gr.Row():
                 steps = gr.Slider(1, 100, value=30, step=1, label="Steps", buttons=[], min_width=160)
                 guidance = gr.Slider(1, 20, value=7.5, step=0.5, label="Guidance", buttons=[], min_width=160)
             with gr.Row():
                 scale = gr.Slider(1, 8, value=2, step=0.5, label="Scale", buttons=[], min_width=160)
                 refinement = gr.Slider(0, 0.9, value=0, step=0.1, label="Refinement", buttons=[], min_width=160)
-            seed = gr.Textbox("", label="Seed", info="Empty: another one each time", max_lines=1)
+            seed = gr.Textbox("", label="Seed", info="Leave empty for a random seed", max_lines=1)
             model = gr.Textbox(
                 source.model,
                 label="Stable Diffusion 1.x",
@@ -152,16 +152,16 @@ def create_tab(tab: gr.Tab, jobs: JobQueue, models: Models, source: Source, limi
         with gr.Column(scale=2, min_width=300):
             notice = gr.HTML(label="Notice", visible=False)
             fetch = gr.Button("Download", visible=False)
-            seen = viewer(label="Small and large", placeholder="The picture will appear here, small and large.")
+            seen = viewer(label="Small and large", placeholder="The small and the large image will appear here.")
             with gr.Row():
                 download = gr.DownloadButton("Download", visible=False, scale=0, min_width=160)
                 keep = gr.Button("Keep this seed", visible=False, scale=0, min_width=200)
             figures = gr.HTML(elem_classes="figures", label="Figures")
-            used_seed = gr.Textbox(label="Seed of this picture", visible=False)
+            used_seed = gr.Textbox(label="Seed of this image", visible=False)
 
     def chosen(name: str) -> Source:
         if name.strip() != source.model and not limits.is_local:
-            raise ValueError("another Stable Diffusion can only be named on this machine's own page.")
+            raise ValueError("another Stable Diffusion can only be chosen on the page of this machine.")
         return Source(name.strip(), source.upsampler)
 
     async def create(
@@ -169,19 +169,19 @@ def create_tab(tab: gr.Tab, jobs: JobQueue, models: Models, source: Source, limi
         request: gr.Request, progress=gr.Progress(),
     ):  # fmt: skip
         """
-        Make a picture of a prompt with Stable Diffusion, and a larger one of its latents.
+        Generate an image with Stable Diffusion, and a larger one from the same latents.
 
         Args:
-            prompt: what to see.
-            negative_prompt: what not to see.
-            steps: of the denoising.
-            guidance: how closely the prompt is followed.
-            seed: a whole number, or nothing for a random one.
+            prompt: the prompt.
+            negative_prompt: the negative prompt.
+            steps: denoising steps.
+            guidance: guidance scale.
+            seed: a whole number, or empty for a random one.
             scale: from 1 to 8.
             refinement: from 0 to 0.9, the share of the steps that is repeated at the large size.
             model: a diffusers folder of Stable Diffusion 1.x, or its repository.
         Returns:
-            The small and the large picture; the large one's PNG file; figures as HTML; the seed.
+            The small and the large image; the large one's PNG file; figures as HTML; the seed.
         """
         if not prompt.strip():
             raise gr.Error("Write a prompt first.", print_exception=False)
@@ -197,7 +197,7 @@ def create_tab(tab: gr.Tab, jobs: JobQueue, models: Models, source: Source, limi
         return view(panes), panes[1].path, facts, str(asked.seed)
 
     async def look(model):
-        """What of Stable Diffusion is on this machine: a sentence for the page, and whether to offer a download."""
+        """Which parts of Stable Diffusion are missing: a message for the page, and whether to offer a download."""
         wanted = chosen(model)
         if await asyncio.to_thread(wanted.find):
             return gr.HTML("", visible=False), gr.Button(visible=False)
@@ -211,7 +211,7 @@ def create_tab(tab: gr.Tab, jobs: JobQueue, models: Models, source: Source, limi
         return gr.HTML(sentence, visible=True), gr.Button(f"Download {size}", visible=True)
 
     async def get(model, request: gr.Request, progress=gr.Progress()):
-        """Download what `create` needs and this machine does not have."""
+        """Download the missing models for `create`."""
         await jobs.run(chosen(model).download, **asker(request, limits), report=reporter(progress))
         return gr.HTML("", visible=False), gr.Button(visible=False)
 
@@ -253,7 +253,7 @@ def parse_seed(text: str | None) -> int:
 def compare_tab(jobs: JobQueue, models: Models, limits: Limits, examples: Sequence[Path]) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            file = file_input("Picture: drop, paste or choose", file_count="single")
+            file = file_input("Image: drop, paste or choose", file_count="single")
             scale = gr.Radio([2, 4, 8], value=4, label="Scale")
             model = model_input(models)
             run, stop = buttons("Compare")
@@ -264,17 +264,17 @@ def compare_tab(jobs: JobQueue, models: Models, limits: Limits, examples: Sequen
 
     async def compare(file, scale, model, request: gr.Request, progress=gr.Progress()):
         """
-        Enlarge a picture by bicubic interpolation, by bilinear interpolation of its latents, and by UPLiFT.
+        Upscale an image by bicubic interpolation, by bilinear interpolation of its latents, and by UPLiFT.
 
         Args:
-            file: a picture file.
+            file: an image file.
             scale: 2, 4 or 8.
             model: one of the models that the server offers.
         Returns:
-            The three pictures, as PNG files; figures as HTML.
+            The three images, as PNG files; figures as HTML.
         """
         if not file:
-            raise gr.Error("Choose a picture first.", print_exception=False)
+            raise gr.Error("Choose an image first.", print_exception=False)
 
         def do(job):
             panes = work.compare_methods(
@@ -295,13 +295,13 @@ def compare_tab(jobs: JobQueue, models: Models, limits: Limits, examples: Sequen
 
 
 def asker(request: gr.Request, limits: Limits) -> dict[str, Any]:
-    """Whose job it is, for `JobQueue.run`. Who asks through the API without a session is told by the address."""
+    """The owner of a job, for `JobQueue.run`. API clients without a session are identified by their address."""
     address = request.client.host if request.client else ""
     return {"visitor": request.session_hash or address, "address": None if limits.is_local else address}
 
 
 def reporter(progress: gr.Progress) -> Report:
-    """What a job reports goes to Gradio's progress bar."""
+    """A report function that updates Gradio's progress bar."""
     return lambda fraction, sentence: progress(fraction, desc=sentence)
 
 
@@ -327,12 +327,12 @@ def examples_input(examples: Sequence[Path]) -> gr.Dataset | None:
 
 
 def stoppable(stop: gr.Button, figures: gr.HTML, *running) -> None:
-    """Let `stop` cancel the listeners `running`, waiting or at work."""
+    """Let `stop` cancel the listeners `running`, whether waiting or running."""
     stop.click(lambda: paragraph("Cancelled."), None, figures, cancels=list(running), **QUIET)
 
 
 def previewed(files: gr.File, seen: gr.HTML) -> None:
-    """Show the picture as soon as it is chosen."""
+    """Show an image as soon as it is chosen."""
 
     async def preview(files):
         chosen = [files] if isinstance(files, str) else files

@@ -1,4 +1,4 @@
-"""Pictures of the same shape, seen together: one zoom for all, and a divider between two."""
+"""A viewer for images of the same shape: shared zoom and pan, and a divider between two images."""
 
 from collections.abc import Sequence
 from importlib.resources import files
@@ -14,14 +14,14 @@ _API = {"type": "object", "description": "panes: list of {image: file, label, wi
 
 def viewer(*, label: str, placeholder: str) -> gr.HTML:
     """
-    A component that shows one picture, several next to each other, or two with a divider to draw across.
+    A component that shows one image, several next to each other, or two with a draggable divider.
 
-    `gr.ImageSlider` has neither keys nor texts for screen readers, and nothing there zooms pictures together. It is no
-    subclass because Gradio writes a file beside the module of every one.
+    `gr.ImageSlider` supports neither keyboard control nor screen readers, and Gradio has no component with a shared
+    zoom. This is not a subclass, because Gradio writes a file next to the module of every subclass.
 
     Args:
-        label: what is seen, for the API.
-        placeholder: what stands there without a picture.
+        label: name of the value in the API.
+        placeholder: text without an image.
     """
     html, css, js = (
         (files("uplift_diffusers.demo") / f"viewer.{kind}").read_text("utf-8") for kind in ("html", "css", "js")
@@ -43,8 +43,8 @@ def view(panes: Sequence[Pane], *, wipe: bool = False) -> dict[str, Any]:
     The value of a viewer that shows `panes`.
 
     Args:
-        panes: pictures of the same shape.
-        wipe: two of them lie on each other, with a divider.
+        panes: images of the same shape.
+        wipe: show two images on top of each other, with a divider.
     """
     width, height = max(pane.size for pane in panes)
     shown = [

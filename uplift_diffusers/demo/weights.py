@@ -1,4 +1,4 @@
-"""Where the demo's pipelines come from: found on this machine, downloaded on a click, loaded when first needed."""
+"""The demo's models: found on this machine, downloaded on a click, and loaded when first needed."""
 
 import json
 import os
@@ -28,13 +28,13 @@ _PATTERNS = (
     "*/model.safetensors",
     "*/diffusion_pytorch_model.safetensors",
 )
-"""The files of a pipeline's repository that are loaded: no pickles, no variants, no single-file checkpoints."""
+"""Files to load from a pipeline's repository: no pickles, no variants, no single-file checkpoints."""
 
 
 @dataclass(frozen=True)
 class Missing:
     """
-    What has to be downloaded of a repository.
+    The missing files of a repository.
 
     Args:
         repository: its name on the hub.
@@ -56,7 +56,7 @@ class Source:
 
     Args:
         model: a local diffusers folder or a repository on the hub; the published weights by default.
-        upsampler: likewise; not looked at where `model` is a saved [`UPLiFTTextToImagePipeline`], which has one.
+        upsampler: likewise; ignored if `model` is a saved [`UPLiFTTextToImagePipeline`], which includes one.
     """
 
     model: str = STABLE_DIFFUSION
@@ -64,17 +64,17 @@ class Source:
 
     def find(self) -> Path | None:
         """
-        The folder of the model, None if some part of it has to be downloaded. Never uses the network.
+        The folder of the model, or None if a part has to be downloaded. Never uses the network.
 
         Raises:
-            ValueError: the folder is no Stable Diffusion 1.x in safetensors.
+            ValueError: the folder is not a Stable Diffusion 1.x in safetensors.
         """
         folder = Path(self.model) if os.path.isdir(self.model) else _cached_folder(self.model)
         if folder is None:
             return None
         if not _is_complete(folder):
             if os.path.isdir(self.model):
-                raise ValueError(f"{self.model} is no diffusers folder of Stable Diffusion 1.x in safetensors.")
+                raise ValueError(f"{self.model} is not a diffusers folder of Stable Diffusion 1.x in safetensors.")
             return None
         return folder if _has_upsampler(folder) or _is_here(self.upsampler) else None
 
@@ -92,7 +92,7 @@ class Source:
         return [missing for missing in found if missing.files]
 
     def download(self, job: Job) -> None:
-        """Fetch what is missing. Raises ConnectionError, and StoppedError, after which it goes on where it was."""
+        """Download missing files. Raises ConnectionError, and StoppedError, after which it can be continued."""
         from huggingface_hub import hf_hub_download
 
         parts = self.missing()
@@ -112,7 +112,7 @@ class Source:
                 job.advance(stage, done / total)
 
     def load(self) -> "UPLiFTTextToImagePipeline":
-        """The pipeline, on the CPU. Raises FileNotFoundError where a part is missing, and what the loading raises."""
+        """The pipeline, on the CPU. Raises FileNotFoundError if a part is missing, or a loading error."""
         from uplift_diffusers.models.upsampler import UPLiFTModel
         from uplift_diffusers.pipelines.text_to_image import UPLiFTTextToImagePipeline
 
@@ -132,7 +132,7 @@ class Source:
 @dataclass(frozen=True)
 class Model:
     """
-    Where a super-resolution pipeline is loaded from, as `uplift-diffusers upscale` has it.
+    The source of a super-resolution pipeline, as for `uplift-diffusers upscale`.
 
     Args:
         location: a folder or a name on the hub; None for the embedded bundle.
@@ -147,11 +147,11 @@ class Model:
 @dataclass
 class Models:
     """
-    The pipelines, on one device. To be used by one thread.
+    The pipelines, on one device. Use it from one thread.
 
     Args:
-        device: as `--device` names it.
-        super_resolution: what to offer, by the name that people choose.
+        device: device name, as for `--device`.
+        super_resolution: models to offer, by displayed name.
     """
 
     device: str
@@ -174,7 +174,7 @@ class Models:
         return self._enlargers[name]
 
     def creator(self, source: Source) -> "UPLiFTTextToImagePipeline":
-        """The text-to-image pipeline of `source`; another one that was there before makes room."""
+        """The text-to-image pipeline of `source`; a previously loaded one is released."""
         if source not in self._creators:
             self._creators.clear()
             device = choose_device(self.device)
@@ -189,7 +189,7 @@ def _dtype(device: "torch.device") -> "torch.dtype":
 
 
 def in_words(size_bytes: int) -> str:
-    """A size for people."""
+    """A size in MB or GB."""
     return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{max(size_bytes / 1e6, 0.1):.1f} MB"
 
 
@@ -210,7 +210,7 @@ def _missing_of(repository: str, patterns: tuple[str, ...]) -> Missing:
 
 @contextmanager
 def _hub_errors_told(repository: str) -> Iterator[None]:
-    """Turn what the hub's library raises into one sentence."""
+    """Turn errors of the hub's library into one sentence."""
     from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 
     try:
@@ -219,13 +219,13 @@ def _hub_errors_told(repository: str) -> Iterator[None]:
         raise ValueError(f"{repository} is neither a folder on this machine nor the name of a repository.") from error
     except (HTTPError, OfflineModeIsEnabled, ConnectionError) as error:
         raise ConnectionError(
-            f"{repository} is not on this machine and the hub does not give it: "
+            f"{repository} is not on this machine and cannot be downloaded: "
             "connect to the network, or name a folder on this machine."
         ) from error
 
 
 def _reporting_to(arrived: Callable[[int], None]) -> type:
-    """A progress bar that shows nothing and tells how many bytes of a file have arrived."""
+    """A progress bar that shows nothing and reports how many bytes of a file have arrived."""
     from tqdm import tqdm
 
     class Reporter(tqdm):
@@ -252,7 +252,7 @@ def _cached_folder(repository: str) -> Path | None:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether all the models of a Stable Diffusion pipeline are there."""
+    """Whether all models of a Stable Diffusion pipeline are present."""
     index = _read_index(folder)
     if index.get("_class_name") not in ("StableDiffusionPipeline", "UPLiFTTextToImagePipeline"):
         return False

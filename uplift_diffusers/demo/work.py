@@ -1,4 +1,4 @@
-"""What the tabs do: enlarge picture files, compare methods, make a picture of a prompt."""
+"""The work of the tabs: upscale image files, compare methods, generate an image from a prompt."""
 
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -29,12 +29,12 @@ PREVIEW_PX = 1024
 @dataclass(frozen=True)
 class Pane:
     """
-    A picture to look at.
+    An image to display.
 
     Args:
-        path: a file that browsers show.
-        label: what it is, in a few words.
-        size: (width, height) in pixels of the picture it stands for.
+        path: a file that browsers can show.
+        label: a short description.
+        size: (width, height) in pixels of the image that it represents.
     """
 
     path: Path
@@ -45,15 +45,15 @@ class Pane:
 @dataclass(frozen=True)
 class Enlarged:
     """
-    One picture, enlarged.
+    One upscaled image.
 
     Args:
-        path: the PNG file, whose name is that of the original.
+        path: the PNG file, named after the original.
         before: the original, upright.
         after: the file at `path`.
         seconds: from opening to saving.
         peak_memory_bytes: see [`Job`].
-        losses: sentences on what was in the file and is not in the result.
+        losses: messages on what the result lost.
     """
 
     path: Path
@@ -73,17 +73,17 @@ def enlarge_files(
     max_pixels: int,
 ) -> tuple[list[Enlarged], list[str]]:
     """
-    Enlarge picture files to PNG files below `job.folder`, as `uplift-diffusers upscale` does.
+    Upscale image files to PNG files below `job.folder`, like `uplift-diffusers upscale`.
 
     Returns:
-        The enlarged ones, and a sentence on each of the other ones.
+        The results, and a message on each file that failed.
     Raises:
-        ValueError: none could be enlarged; says why the first one could not.
+        ValueError: all files failed; the message is that of the first one.
         StoppedError: see [`Job`].
     """
     enlarged, failures = [], []
     for index, source in enumerate(sources):
-        prefix = f"Picture {index + 1} of {len(sources)}: " if len(sources) > 1 else ""
+        prefix = f"Image {index + 1} of {len(sources)}: " if len(sources) > 1 else ""
         try:
             target = _free_path(job.folder / f"{source.stem}.png")
             enlarged.append(
@@ -129,14 +129,14 @@ def compare_methods(
     job: Job, source: Path, *, pipeline: "UPLiFTSuperResolutionPipeline", scale: int, max_pixels: int
 ) -> list[Pane]:
     """
-    Enlarge one picture by bicubic interpolation, by bilinear interpolation of its latents, and by the pipeline.
+    Upscale one image by bicubic interpolation, by bilinear interpolation of its latents, and by the pipeline.
 
     Args:
         scale: a power of two.
     Returns:
-        The three, as PNG files below `job.folder`; transparency is left out.
+        The three results, as PNG files below `job.folder`, without transparency.
     Raises:
-        ValueError: it cannot be opened or would become too large.
+        ValueError: the image cannot be opened or would become too large.
         StoppedError: see [`Job`].
     """
     import torch
@@ -175,7 +175,7 @@ def compare_methods(
 @dataclass(frozen=True)
 class Request:
     """
-    What is asked for.
+    The settings of a generation.
 
     Args:
         prompt, negative_prompt, steps, guidance, seed, scale, refinement: see [`UPLiFTTextToImagePipeline`].
@@ -192,12 +192,12 @@ class Request:
 
 def create(job: Job, request: Request, *, pipeline: "UPLiFTTextToImagePipeline", max_pixels: int) -> tuple[Pane, Pane]:
     """
-    Make a picture of a prompt.
+    Generate an image from a prompt.
 
     Returns:
-        What was denoised, decoded as it is, and the picture that it is enlarged to, as PNG files below `job.folder`.
+        The small image, decoded from the denoised latents, and the upscaled one, as PNG files below `job.folder`.
     Raises:
-        ValueError: an argument is not as above, or the safety checker holds the picture back.
+        ValueError: an argument is invalid, or the safety checker rejects the image.
         StoppedError: see [`Job`].
     """
     import torch
@@ -233,7 +233,7 @@ def create(job: Job, request: Request, *, pipeline: "UPLiFTTextToImagePipeline",
             callback_on_step_end=follow,
         )
         if any(output.nsfw_content_detected or ()):
-            raise ValueError("the safety checker held the picture back. Try another seed or another prompt.")
+            raise ValueError("the safety checker rejected the image. Try another seed or another prompt.")
         small = codec.decode(codec.space.denormalize(denoised.float()))
     job.advance("Decoding", 1)
     shown: Any = pipeline.image_processor.postprocess(small * 2 - 1)
@@ -247,7 +247,7 @@ def create(job: Job, request: Request, *, pipeline: "UPLiFTTextToImagePipeline",
 
 
 def preview(source: Path, folder: Path) -> Pane:
-    """The picture of a file that is not yet enlarged. Raises ValueError, saying why, if there is none."""
+    """A preview of an input file. Raises ValueError, with the reason, if it cannot be opened."""
     image = open_image(source).image
     size = image.size
     image = _as_shown(image)
@@ -268,7 +268,7 @@ def pack(results: Sequence[Enlarged], folder: Path) -> Path:
 
 
 def save_for_browser(image: Image.Image, path: Path) -> None:
-    """Save as a PNG file of 8 bits a channel, whatever the mode."""
+    """Save as a PNG file with 8 bits per channel, for any mode."""
     _as_shown(image).save(path, compress_level=1)
 
 
@@ -307,10 +307,10 @@ def _free_path(path: Path) -> Path:
 @contextmanager
 def following(job: Job, stage: str, *modules: "torch.nn.Module") -> Iterator[Callable[[int, int], None]]:
     """
-    Within the block, `job` follows a pipeline through `stage`, and can stop it at every layer of `modules`.
+    Within the block, report a pipeline's progress in `stage` to `job`, which can stop it at every layer of `modules`.
 
     Returns:
-        What the pipeline takes as `callback_on_progress`.
+        The `callback_on_progress` for the pipeline.
     """
     with stoppable(job, *modules):
         yield lambda done, total: job.advance(stage, done / total)

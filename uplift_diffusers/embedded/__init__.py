@@ -1,8 +1,8 @@
-"""The small bundle that works offline, and how it was made."""
+"""The embedded bundle, a small pipeline that works offline. README.md is its model card."""
 
 from pathlib import Path
 
 
 def embedded_bundle() -> Path:
-    """Directory of the embedded super-resolution pipeline, for `UPLiFTSuperResolutionPipeline.from_pretrained`."""
+    """Folder of the embedded super-resolution pipeline, for `UPLiFTSuperResolutionPipeline.from_pretrained`."""
     return Path(__file__).resolve().parent / "bundle"

@@ -1,7 +1,7 @@
 """
-Measurement of upscalers.
+Evaluation of upscalers.
 
-`protocols` say what is enlarged, `methods` what enlarges, `metrics` what is measured on one output, and `cost` what
-an output costs. `measure` brings them together, keeps each measurement in a file (`records`) and computes the figures
-from these (`statistics`); `report` writes them down. `evaluate` is the command.
+`protocols` provides the inputs, `methods` the upscalers, `metrics` the measurements on one output, and `cost` its time
+and memory. `measure` combines them, stores each measurement in a file (`records`) and computes the figures
+from these (`statistics`); `report` writes the report. `evaluate` is the command.
 """

@@ -1,4 +1,4 @@
-"""What an image costs: seconds, stage by stage, and memory."""
+"""Cost of an output: seconds per stage, and memory."""
 
 import ctypes
 import statistics
@@ -20,12 +20,12 @@ class Cost:
     Medians over calls after a warm-up.
 
     Args:
-        edge: pixels of the output's edge.
+        edge: the output's edge in pixels.
         seconds: from the small image or latents to the large image.
-        encode, decode: seconds of these inside the VAE's `encode` and `decode`.
-        upsample: the remaining seconds, which are the method's own.
-        peak_bytes: the most memory that a call took beyond what was in use before it, such as the weights; None where
-            the system does not say.
+        encode, decode: seconds spent in the VAE's `encode` and `decode`.
+        upsample: the remaining seconds.
+        peak_bytes: peak memory of a call beyond what was in use before it, such as the weights; None if the system
+            does not report it.
     """
 
     edge: int
@@ -40,8 +40,8 @@ def measure_cost(method: Method, sample: Sample, *, repeats: int, device: torch.
     """
     Call a method once to warm up, once for its memory, and `repeats` times to measure.
 
-    The VAEs' `encode`, `decode` and `decode_strips` are replaced by timed ones during the calls, so the stages of any
-    pipeline that calls its VAE are told apart. Decoding latents to an image first counts as decoding.
+    The VAEs' `encode`, `decode` and `decode_strips` are replaced with timed versions during the calls, which separates
+    the stages of any pipeline with a VAE. Decoding latents to the guide image counts as decoding.
     """
     calls = []
     with _stopwatch(method.vaes, device) as stages:
@@ -57,7 +57,7 @@ def measure_cost(method: Method, sample: Sample, *, repeats: int, device: torch.
 
 @contextmanager
 def _stopwatch(vaes: list[torch.nn.Module], device: torch.device) -> Iterator[dict[str, float]]:
-    """Seconds by stage that the VAEs spend inside the block."""
+    """Seconds that the VAEs spend in each stage inside the block."""
     stages = {"encode": 0.0, "decode": 0.0}
 
     def timed(name: str, function: Callable) -> Callable:
@@ -106,7 +106,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _peak_of(call: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes in use at the peak of `call` beyond those before it: of the allocator on CUDA, of the process on Linux."""
+    """Peak bytes in use by `call` beyond those before it: in the allocator on CUDA, in the process on Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -121,7 +121,7 @@ def _peak_of(call: Callable[[], object], device: torch.device) -> int | None:
 
 
 def _reset_peak_memory() -> bool:
-    """Give freed memory back to the system and reset the kernel's record of the peak. False where that fails."""
+    """Return freed memory to the system and reset the kernel's peak counter. False if that fails."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")

@@ -1,5 +1,5 @@
 """
-The command that measures upscalers: `eval_generative.py` and `uplift-diffusers evaluate`.
+The command that evaluates upscalers: `eval_generative.py` and `uplift-diffusers evaluate`.
 
 `main` reads the command line, `_prepare` checks everything and loads, `run` measures and writes the report.
 """
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 
 EXTRA_PACKAGES = ("accelerate", "matplotlib", "torch_fidelity", "torchmetrics", "torchvision")
-"""What the extra `eval` installs and is imported here."""
+"""Packages of the extra `eval` that are imported here."""
 
 _EPILOG = """\
 Methods (--methods NAME or NAME=PATH or NAME=PATH:OPTION=VALUE,OPTION=VALUE):
   bicubic    interpolates the pixels
   bilinear   interpolates the latents and decodes them
   uplift     the pipeline of --model
-  vae        encodes and decodes the photograph itself: the ceiling of what goes through the VAE
-  NAME=PATH  a directory or hub id of any saved pipeline that takes an image, of an UPLiFTModel (a LiFT is one), or of
-             the U-Net of train_latent.py --method cfm; options are arguments of its call. Or a folder of images that
-             other software has made: PATH/2x/ has one for each photograph, of its name and place and of the crop's
-             size. With one scale they may lie in PATH itself.
+  vae        encodes and decodes the photograph itself: the upper bound for methods that use the VAE
+  NAME=PATH  a folder or hub id of any saved pipeline that takes an image, of a UPLiFTModel (a LiFT is one), or of
+             the U-Net of train_latent.py --method cfm; options are arguments of its call. Or a folder with images
+             from other software: PATH/2x/ has one for each photograph, with the same relative path and the crop's
+             size. With a single scale, they may be in PATH itself.
 
 Examples:
   {prog} --data_dir photos/val
@@ -49,7 +49,7 @@ Examples:
       --inception_weights inception.safetensors --output_dir report
   accelerate launch --multi_gpu --num_processes 4 eval_generative.py ... --output_dir report
 
-The same command continues where it was stopped: what lies in OUTPUT_DIR/records is not measured again.
+The same command continues an interrupted run: what is in OUTPUT_DIR/records is not measured again.
 """
 
 _OF_PROMPTS = ("stable_diffusion", "real_images", "num_inference_steps", "guidance_scale")
@@ -58,12 +58,12 @@ _WITHOUT_EFFECT = {
     "dataset_name": _OF_PROMPTS,
     "prompts": ("image_column", "crop", "jpeg_quality", "allow_greyscale"),
 }
-"""By the source of what is enlarged, the options that are for other sources."""
+"""Options that do not apply, by source of the inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """The options of the command line, which documents them, and the line itself."""
+    """The command-line options, documented in `--help`, and the command line itself."""
 
     command: str
     data_dir: str | None = None
@@ -104,10 +104,10 @@ def main(arguments: list[str] | None = None, *, program: str = "uplift-diffusers
     Run the command.
 
     Args:
-        arguments: without the program's name; by default those of the process.
-        program: what help, errors and the report call the command.
+        arguments: arguments without the program's name; by default those of the process.
+        program: name of the command in help, errors and the report.
     Returns:
-        The exit code: 0; 1, with one line on stderr, for what a person can put right; 2 for a mistyped option; 130
+        The exit code: 0; 1, with one line on stderr, for an error that the user can fix; 2 for a wrong option; 130
         when interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -125,10 +125,10 @@ def main(arguments: list[str] | None = None, *, program: str = "uplift-diffusers
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        print("Out of memory. Name smaller crops (--crop), another --dtype or other --methods.", file=sys.stderr)
+        print("Out of memory. Try smaller crops (--crop), another --dtype or other --methods.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Interrupted. What was measured in --output_dir is kept for the next run.", file=sys.stderr)
+        print("Interrupted. The measurements in --output_dir are kept for the next run.", file=sys.stderr)
         return 130
     return 0
 
@@ -138,7 +138,7 @@ def run(options: EvaluationOptions) -> None:
     Measure, in as many processes as were launched, print the tables and write the report.
 
     Raises:
-        OSError, ValueError, TypeError: sentences on what a person can put right.
+        OSError, ValueError, TypeError: an error that the user can fix.
     """
     import torch
     from accelerate import PartialState
@@ -153,7 +153,7 @@ def run(options: EvaluationOptions) -> None:
     on_cpu = options.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=on_cpu or not torch.accelerator.is_available(), timeout=PATIENCE)
     if options.output_dir is None and state.num_processes > 1:
-        raise ValueError("`output_dir` must be given for several processes, which meet there.")
+        raise ValueError("`output_dir` must be given for several processes, which exchange their results there.")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.output_dir or Path(temporary)
         make_writable_folder(folder)
@@ -180,7 +180,7 @@ def run(options: EvaluationOptions) -> None:
 
 
 def _prepare(options: EvaluationOptions, folder: Path, state: "PartialState") -> "Evaluation":
-    """Check everything, what is cheap first, and load."""
+    """Check everything, cheap checks first, and load."""
     import torch
 
     from uplift_diffusers.evaluation.measure import Evaluation
@@ -289,8 +289,8 @@ def choose_device(name: str, state: "PartialState") -> "torch.device":
     The device of this process.
 
     Args:
-        name: auto, cpu, cuda, mps, or a device with a number, such as cuda:1.
-        state: of the processes; its device is the one of `auto`.
+        name: auto, cpu, cuda, mps, or a device with an index, such as cuda:1.
+        state: state of the processes; `auto` is its device.
     Raises:
         ValueError: PyTorch does not find the device, or several processes would share one accelerator.
     """
@@ -307,12 +307,12 @@ def choose_device(name: str, state: "PartialState") -> "torch.device":
     if device.index is None and device.type == own.type:
         return own
     if device.type != "cpu" and state.num_processes > 1:
-        raise ValueError(f"`device` must be auto for several processes, which take a device each, got {name!r}.")
+        raise ValueError(f"`device` must be auto for several processes, which use one device each, got {name!r}.")
     return device
 
 
 def default_metrics(protocol: "Protocol", *, inception_weights: str | None) -> tuple[tuple[str, ...], str]:
-    """The metrics that are measured where none are named, and a sentence on those that are left out."""
+    """The default metrics, and a message on those that are skipped."""
     from uplift_diffusers.evaluation.metrics import HOW_TO_GET_WEIGHTS, SET_METRICS
 
     if not protocol.paired:
@@ -339,7 +339,7 @@ def _edges_to_time(options: EvaluationOptions, protocol: "Protocol", scale: int)
 def _build_parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program,
-        description="Measure upscalers on photographs, reduced and enlarged again, or on what Stable Diffusion makes.",
+        description="Evaluate upscalers on downsampled photographs, or on latents from Stable Diffusion.",
         epilog=_EPILOG.format(prog=program),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -347,45 +347,47 @@ def _build_parser(program: str) -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group(required=True)
     for name, description in (
         ("--data_dir", "super-resolution: folder of photographs, or .tar shards"),
-        ("--dataset_name", "super-resolution: dataset on the hub, or a folder of one"),
-        ("--prompts", "text to image: COCO captions (.json), or a text file, one a line"),
+        ("--dataset_name", "super-resolution: dataset on the hub or in a folder"),
+        ("--prompts", "text to image: COCO captions (.json), or a text file with one prompt per line"),
     ):
         source.add_argument(name, default=argparse.SUPPRESS, help=description)
     parser.add_argument(
-        "--model", default=str(embedded_bundle()), help="pipeline of the method uplift (default: that of the package)"
+        "--model", default=str(embedded_bundle()), help="pipeline of the method uplift (default: the embedded bundle)"
     )
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="see below (default: all that need no PATH)")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="see below (default: all built-in methods)")
     parser.add_argument("--scales", type=int, nargs="+", default=[2, 4], choices=range(2, 17), metavar="N")
-    parser.add_argument("--limit", type=_positive, help="only so many photographs or prompts, the first ones")
-    parser.add_argument("--seed", type=int, default=0, help="of noise, patches and intervals (default: 0)")
-    parser.add_argument("--output_dir", type=Path, help="where the report goes and measurements are kept")
-    parser.add_argument("--fresh", action="store_true", help="measure again what OUTPUT_DIR/records has already")
+    parser.add_argument("--limit", type=_positive, help="use only the first N photographs or prompts")
+    parser.add_argument("--seed", type=int, default=0, help="seed of noise, patches and intervals (default: 0)")
+    parser.add_argument("--output_dir", type=Path, help="folder for the report and the measurements")
+    parser.add_argument("--fresh", action="store_true", help="ignore the measurements in OUTPUT_DIR/records")
     parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda, mps, cuda:1, ... (default: auto, an accelerator if any)"
+        "--device",
+        default="auto",
+        help="auto, cpu, cuda, mps, cuda:1, ... (default: auto, an accelerator if any)",
     )
     parser.add_argument(
-        "--dtype", default="float32", choices=DTYPES, help="of the networks that are measured (default: float32)"
+        "--dtype", default="float32", choices=DTYPES, help="dtype of the measured networks (default: float32)"
     )
     parser.add_argument(
-        "--trust_remote_code", action="store_true", help="run the code that lies beside pipelines of custom classes"
+        "--trust_remote_code", action="store_true", help="run the code in the folder of pipelines with custom classes"
     )
 
     photographs = parser.add_argument_group("photographs", argument_default=argparse.SUPPRESS)
-    photographs.add_argument("--image_column", help="of the dataset (default: image)")
+    photographs.add_argument("--image_column", help="column of the dataset with images (default: image)")
     photographs.add_argument("--crop", type=_positive, help="edge of the centre crops (default: 512 px)")
     photographs.add_argument(
         "--jpeg_quality",
         type=_positive,
         metavar="Q",
-        help="compress the reduced photographs as JPEGs of this quality, 1 to 100 (default: no compression)",
+        help="save the downsampled photographs as JPEGs of this quality, 1 to 100 (default: no compression)",
     )
     photographs.add_argument("--allow_greyscale", action="store_true", help="measure greyscale photographs as RGB")
 
     text = parser.add_argument_group("text to image", argument_default=argparse.SUPPRESS)
-    text.add_argument("--stable_diffusion", metavar="DIR_OR_HUB_ID", help="makes the latents of the prompts")
+    text.add_argument("--stable_diffusion", metavar="DIR_OR_HUB_ID", help="generates the latents of the prompts")
     text.add_argument("--real_images", help="folder of photographs, or .npz or .safetensors of their statistics")
-    text.add_argument("--num_inference_steps", type=_positive, help="of the denoising (default: 50)")
-    text.add_argument("--guidance_scale", type=float, help="of the denoising (default: 7.5)")
+    text.add_argument("--num_inference_steps", type=_positive, help="denoising steps (default: 50)")
+    text.add_argument("--guidance_scale", type=float, help="guidance scale of the denoising (default: 7.5)")
 
     metrics = parser.add_argument_group("metrics")
     metrics.add_argument(
@@ -395,17 +397,21 @@ def _build_parser(program: str) -> argparse.ArgumentParser:
         help="fid patch_fid kid psnr ssim lpips color_shift (default for photographs: psnr ssim color_shift, and fid "
         "patch_fid kid with --inception_weights; for prompts: fid kid)",
     )
-    metrics.add_argument("--inception_weights", metavar="PATH", help="file that scripts/convert_inception.py made")
-    metrics.add_argument("--patch_size", type=_positive, help="of patch-FID (default: half the smallest output)")
-    metrics.add_argument("--patches", type=_positive, default=4, help="crops of an image for patch-FID (default: 4)")
+    metrics.add_argument("--inception_weights", metavar="PATH", help="output of scripts/convert_inception.py")
+    metrics.add_argument(
+        "--patch_size",
+        type=_positive,
+        help="crop edge for patch-FID (default: half the smallest output)",
+    )
+    metrics.add_argument("--patches", type=_positive, default=4, help="crops per image for patch-FID (default: 4)")
 
     time = parser.add_argument_group("time and memory")
-    time.add_argument("--latency_repeats", type=_count, default=3, help="calls after a warm-up; 0: none (default: 3)")
+    time.add_argument("--latency_repeats", type=_count, default=3, help="timed calls; 0: none (default: 3)")
     time.add_argument(
         "--latency_sizes",
         type=_positive,
         nargs="+",
-        help="edges of outputs to time (default: a quarter, half and the whole of the outputs measured)",
+        help="output edges to time (default: a quarter, half and the whole of the measured outputs)",
     )
     return parser
 
@@ -417,7 +423,7 @@ def _check_installed() -> None:
 
 
 def _check_options(options: dict) -> None:
-    """Raise ValueError where an option would have no effect."""
+    """Raise ValueError if an option would have no effect."""
     source = next(name for name in _WITHOUT_EFFECT if name in options)
     for name in _WITHOUT_EFFECT[source]:
         if name in options:

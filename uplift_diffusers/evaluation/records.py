@@ -1,7 +1,7 @@
 """
-Measurements on disk: one safetensors file each, named after everything that it depends on.
+Measurements on disk: one safetensors file each, keyed by everything that they depend on.
 
-These are settings, weights, data and versions. Source code is not among them: after a change of a method's code,
+These are settings, weights, data and versions. Source code is not included: after changing a method's code,
 measure again (`fresh`).
 """
 
@@ -25,20 +25,20 @@ from uplift_diffusers.saving import replaced_when_whole
 logger = get_logger(__name__)
 
 Record = dict[str, torch.Tensor]
-"""What was measured, by name: figures as float64 scalars (which hold infinity, as JSON does not), features, pixels."""
+"""Measurements by name: figures as float64 scalars (which, unlike JSON, allow infinity), features, pixels."""
 
 LIBRARIES = ("torch", "torchvision", "torchmetrics", "diffusers", "transformers", "pillow")
-"""Libraries whose versions may change an output or what is measured on it."""
+"""Libraries that may affect an output or its measurement."""
 
 
 @dataclass(frozen=True)
 class Entry:
     """
-    The place of a record.
+    The key of a record.
 
     Args:
-        group: the folder, for people who look: a scale and a method.
-        name: of the photograph or prompt, also for people.
+        group: folder for human readers: a scale and a method.
+        name: photograph or prompt, also for human readers.
         identity: everything that the record depends on, as JSON values. Only this decides whether a record is reused.
     """
 
@@ -48,24 +48,24 @@ class Entry:
 
     @property
     def path(self) -> Path:
-        """Relative to the folder of the records."""
+        """Path relative to the folder of the records."""
         return Path(_file_name(self.group), f"{_file_name(self.name)}-{digest(self.identity)}.safetensors")
 
 
 class RecordStore:
     """
-    The records below a folder. Several processes may write there at once, different records or the same one.
+    The records below a folder. Several processes may write at the same time, even the same record.
 
     Args:
         folder: created when the first record is written.
-        fresh: count every record that lies there as missing, so that everything is measured again.
+        fresh: ignore existing records, so everything is measured again.
     """
 
     def __init__(self, folder: str | Path, *, fresh: bool = False):
         self.folder, self.fresh = Path(folder), fresh
 
     def holds(self, entry: Entry) -> bool:
-        """Whether the record is there and whole. One that is damaged is announced and counts as missing."""
+        """Whether the record exists and is intact. A damaged record is logged and counts as missing."""
         if self.fresh or not (self.folder / entry.path).is_file():
             return False
         try:
@@ -80,8 +80,8 @@ class RecordStore:
         Read a record and compare it with its checksum.
 
         Raises:
-            OSError: it is not there or cannot be read.
-            ValueError: it is damaged.
+            OSError: the record does not exist or cannot be read.
+            ValueError: the record is damaged.
         """
         path = self.folder / entry.path
         try:
@@ -95,7 +95,7 @@ class RecordStore:
         return record
 
     def write(self, entry: Entry, record: Record) -> None:
-        """Write a record whole or not at all, in place of one that may be there."""
+        """Write a record atomically, replacing an existing one."""
         path = self.folder / entry.path
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in record.items()}
@@ -109,7 +109,7 @@ def write_whole(path: Path, data: bytes | str) -> None:
 
 
 def digest(value: object) -> str:
-    """16 hexadecimal digits that tell values apart by their JSON, or by their text where they have none."""
+    """A digest of 16 hexadecimal digits of values as JSON, or as text if they are not JSON values."""
     return digest_bytes(_json(value).encode())
 
 
@@ -127,7 +127,7 @@ def digest_weights(modules: Iterable[torch.nn.Module]) -> str:
 
 
 def digest_configs(components: dict[str, object]) -> str:
-    """16 hexadecimal digits of the classes and settings of a pipeline's parts: networks, schedulers, tokenizers."""
+    """A digest of the classes and settings of a pipeline's parts: networks, schedulers, tokenizers."""
     return digest({name: _settings(part) for name, part in components.items() if part is not None})
 
 

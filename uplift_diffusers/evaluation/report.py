@@ -1,5 +1,5 @@
 """
-The report: tables, every figure as JSON, a row for each output, plots, and crops side by side.
+The report: tables, all figures as JSON, a CSV row for each output, plots, and crops side by side.
 
 `write_report` writes all of it; the other functions make the parts.
 """
@@ -36,7 +36,7 @@ COLUMNS = {
     "lpips": ("LPIPS", "↓", "{:.4f}"),
     "color_shift": ("colour shift", "↓", "{:.2f}"),
 }
-"""Name, direction of what is better, and format of every metric, in the order of the table."""
+"""Name, better direction, and format of every metric, in the order of the table."""
 
 PANEL_INCHES = (4.8, 3.6)
 MARGIN_PX = 4
@@ -50,13 +50,13 @@ def heading(metric: str, estimate: Estimate) -> str:
 
 def write_report(evaluation: Evaluation, results: Results, run: dict, folder: Path) -> None:
     """
-    Write report.json, report.md, figures.csv, plots/*.png and contact_sheet_*.png, each whole or not at all.
+    Write report.json, report.md, figures.csv, plots/*.png and contact_sheet_*.png, each atomically.
 
     Args:
-        evaluation: what the results come from.
-        results: of `compute_results`.
-        run: of `describe_run`.
-        folder: must exist.
+        evaluation: the evaluation.
+        results: from `compute_results`.
+        run: from `describe_run`.
+        folder: an existing folder.
     """
     values = json.dumps(report_json(results, run), indent=2, ensure_ascii=False, allow_nan=False)
     write_whole(folder / "report.json", values + "\n")
@@ -73,7 +73,7 @@ def write_report(evaluation: Evaluation, results: Results, run: dict, folder: Pa
 
 
 def describe_run(evaluation: Evaluation, *, command: str, seed: int, processes: int, dtype: str = "float32") -> dict:
-    """What the figures come from, as JSON values: data, settings, weights, seeds, versions, hardware."""
+    """The provenance of the figures, as JSON values: data, settings, weights, seeds, versions, hardware."""
     protocol, metrics = evaluation.protocol, evaluation.metrics
     return {
         "command": command,
@@ -125,7 +125,7 @@ def report_csv(results: Results, names: list[str]) -> str:
 
 
 def report_markdown(results: Results, run: dict) -> str:
-    """The tables and what they come from."""
+    """The tables and their provenance."""
     lines = []
     for scale, found in results.items():
         lines += [f"## {scale}x", "", *_score_table(found, run), ""]
@@ -139,22 +139,22 @@ def report_markdown(results: Results, run: dict) -> str:
 
 
 def warnings_of(results: Results, run: dict) -> list[str]:
-    """What a reader must know before believing the figures."""
+    """Warnings for readers of the figures."""
     warnings = [method["note"] for method in run["methods"].values() if method["note"]]
     scores = next(iter(_first(results).scores.values()))
     if run["real_images"]["count"] is None and "fid" in scores:
-        warnings.append("How many real images there were is not known: the statistics do not say.")
+        warnings.append("The number of real images is unknown: the statistics do not include it.")
     counts = [scores[name].samples for name in ("fid", "patch_fid") if name in scores]
     if few := [str(count) for count in counts if count < FEW_SAMPLES]:
         warnings.append(
-            f"FID from {' and '.join(few)} samples: below {FEW_SAMPLES} it is far too large. Compare methods within "
+            f"FID from {' and '.join(few)} samples: below {FEW_SAMPLES} it is strongly biased. Compare methods within "
             "this report, not with published figures."
         )
     return warnings
 
 
 def make_plots(results: Results) -> dict[str, Figure]:
-    """By file name without suffix; those for which something was measured."""
+    """Plots by file name without suffix, if there are measurements for them."""
     first = next(iter(results.values()))
     measured = next(iter(first.scores.values())).keys()
     plots = {}
@@ -174,7 +174,7 @@ def make_contact_sheet(previews: dict[str, list[torch.Tensor]], truths: list[tor
 
     Args:
         previews: by method, (3, h, w) uint8 for each row.
-        truths: the same crops of the photographs; None where there are none.
+        truths: the same crops of the photographs, or None.
     """
     columns = previews if truths is None else {"photograph": truths, **previews}
     first = next(iter(columns.values()))
@@ -234,8 +234,8 @@ def _notes(results: Results, run: dict) -> list[str]:
     ]
     if first.costs:
         notes.append(
-            "Seconds are medians after a warm-up, one output at a time, in one process. Peak memory is what a call "
-            "took beyond the weights and all else that was in memory before it."
+            "Seconds are medians after a warm-up, one output at a time, in one process. Peak memory is that of a "
+            "call beyond the weights and everything else in memory before it."
         )
     settings = json.dumps({**run["protocol"], **run["metrics"], "seed": run["seed"]})
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())

@@ -1,4 +1,4 @@
-"""From measurements to figures: means with intervals, FID and KID from features."""
+"""Figures from measurements: means with intervals, FID and KID from features."""
 
 import warnings
 import zipfile
@@ -14,17 +14,17 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 NUM_FEATURES = 2048
-"""Of the Inception network, for each image."""
+"""Inception features per image."""
 
 LEVEL = 0.95
-"""Of all intervals."""
+"""Confidence level of all intervals."""
 
 BOOTSTRAP_DRAWS = 2000
 BOOTSTRAP_BLOCK = 100
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
 FEW_SAMPLES = 2048
-"""Below it the covariance of 2048 features has no full rank, and FID is far from its limit."""
+"""With fewer samples, the covariance of 2048 features does not have full rank, and FID is strongly biased."""
 
 _IN_ONE_PROCESS: dict[str, Any] = {"sync_on_compute": False}
 """One process computes the figures, from the records of all: torchmetrics must not wait for the others."""
@@ -37,8 +37,8 @@ class Estimate:
 
     Args:
         value: the figure itself; PSNR may be infinite.
-        samples: number of images, or of patches, that it comes from; of two sets the smaller one's.
-        low, high: its interval of 95 %, None where there is none.
+        samples: number of images or patches; for two sets, that of the smaller one.
+        low, high: its 95 % interval, or None.
     """
 
     value: float
@@ -50,7 +50,7 @@ class Estimate:
 @dataclass(frozen=True)
 class FeatureStatistics:
     """
-    What is known of a set of images: their features, or mean and covariance of these.
+    The features of a set of images, or their mean and covariance.
 
     Args:
         features: (n, 2048), or None.
@@ -65,7 +65,7 @@ class FeatureStatistics:
 
     @property
     def count(self) -> int | None:
-        """Number of images; None where it is not known."""
+        """Number of images, or None if it is unknown."""
         return None if self.features is None else len(self.features)
 
     def serves(self, metric: str) -> bool:
@@ -80,9 +80,9 @@ def load_statistics(path: Path) -> FeatureStatistics:
     Read statistics of real images.
 
     Args:
-        path: .safetensors or .npz (as pytorch-fid and others publish them) with `mu` and `sigma`, or with `features`.
+        path: .safetensors or .npz (as written by pytorch-fid) with `mu` and `sigma`, or with `features`.
     Raises:
-        ValueError: there is something else in it.
+        ValueError: the file holds something else.
     """
     try:
         if path.suffix == ".npz":
@@ -121,7 +121,7 @@ def bootstrap_mean(values: np.ndarray, *, seed: int) -> Estimate:
 
 
 def paired_difference(values: np.ndarray, others: np.ndarray, *, seed: int) -> Estimate | None:
-    """The mean of `values - others`, image by image, with its bootstrap interval; None where one is infinite."""
+    """The mean of `values - others`, paired by image, with its bootstrap interval; None if a value is infinite."""
     if not (np.isfinite(values).all() and np.isfinite(others).all()):
         return None
     return bootstrap_mean(values - others, seed=seed)
@@ -131,8 +131,8 @@ def frechet_distance(real: torch.Tensor, fake: torch.Tensor) -> Estimate:
     """
     FID, by torchmetrics in float64.
 
-    Fewer images than features span a subspace. The distance between the two Gaussians lies in it, so the features
-    are given by their coordinates there: the same distance, without the products and roots of thousands of zeros.
+    If there are fewer images than features, they span a subspace that contains both Gaussians. FID is computed in
+    coordinates of this subspace: the same distance, without products and roots of large singular matrices.
 
     Args:
         real, fake: (n, 2048) and (m, 2048), n and m at least 2.
@@ -150,7 +150,7 @@ def frechet_distance(real: torch.Tensor, fake: torch.Tensor) -> Estimate:
 
 def frechet_distance_to_moments(mean: torch.Tensor, covariance: torch.Tensor, fake: torch.Tensor) -> Estimate:
     """
-    FID to real images of which only the statistics are known.
+    FID to real images given by their statistics.
 
     Args:
         mean, covariance: (2048,) and (2048, 2048), of the features of the real images.
@@ -168,16 +168,16 @@ def frechet_distance_to_moments(mean: torch.Tensor, covariance: torch.Tensor, fa
 
 def kernel_distance(real: torch.Tensor, fake: torch.Tensor, *, seed: int, paired: bool) -> Estimate:
     """
-    KID, by torchmetrics in float64: the mean over random subsets, with the interval that 95 % of them lie in.
+    KID, by torchmetrics in float64: the mean over random subsets, with the interval that contains 95 % of them.
 
-    A subset has 1000 images, or half of them where there are fewer than 2000, so the interval is that of a smaller
-    sample than the mean's and on the safe side.
+    A subset has 1000 images, or half of them if there are fewer than 2000, so the interval is that of a smaller
+    sample and therefore conservative.
 
     Args:
         real, fake: (n, 2048) and (m, 2048), n and m at least 4.
-        seed: of the subsets.
-        paired: `fake[i]` was made from `real[i]`. A subset is then compared with other photographs than its own:
-            the estimator is unbiased only for independent samples, and falls below 0 for pairs.
+        seed: seed of the subsets.
+        paired: `fake[i]` was made from `real[i]`. A subset is then compared with other photographs than those it was
+            made from: the estimator is unbiased only for independent samples, and falls below 0 for pairs.
     """
     size = min(KID_SUBSET_SIZE, len(real) // 2, len(fake) // 2)
     with warnings.catch_warnings():
@@ -210,7 +210,7 @@ def _interval(values: np.ndarray) -> tuple[float, float]:
 
 
 class _Given(torch.nn.Module):
-    """Stands where torchmetrics has its network; the features are there already."""
+    """Replaces the network of torchmetrics, because the features are already computed."""
 
     def __init__(self, num_features: int):
         super().__init__()

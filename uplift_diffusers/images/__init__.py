@@ -1,1 +1,1 @@
-"""Images: files, PIL, arrays and tensors. `files` opens and saves, `convert` makes tensors and back."""
+"""Images: files, PIL, arrays and tensors. `files` opens and saves, `convert` converts to and from tensors."""

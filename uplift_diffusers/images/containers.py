@@ -1,4 +1,4 @@
-"""PNG and JPEG files taken apart: the pixels for Pillow, and what lies beside them, whose damage costs no picture."""
+"""Split PNG and JPEG files into image data for Pillow and metadata, so damaged metadata does not lose the image."""
 
 import re
 import struct
@@ -11,7 +11,7 @@ JPEG_SIGNATURE = b"\xff\xd8\xff"
 
 _PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-"""Of a PNG's colour types."""
+"""Channels by PNG colour type."""
 
 _PROGRESSIVE, _SCAN, _END = 0xC2, 0xDA, 0xD9
 # In the entropy-coded data of a scan, FF 00 is a byte FF and D0 to D7 are restarts; anything else is the next marker.
@@ -24,10 +24,10 @@ class PngParts:
     A PNG file.
 
     Args:
-        pixels: a PNG file of the chunks that make the picture, whose transparency is left out unless it has a palette.
+        pixels: a PNG file with only the chunks of the image, without transparency unless it has a palette.
         depth, color_type: as in the header.
-        chunks: (name, data) of the others, in their order.
-        damaged: names of those that were left out because their checksum is wrong.
+        chunks: (name, data) of the other chunks, in order.
+        damaged: names of chunks dropped because of a wrong checksum.
     """
 
     pixels: bytes
@@ -43,11 +43,11 @@ class JpegParts:
     A JPEG file.
 
     Args:
-        pixels: a JPEG file of the segments that make the picture, with JFIF and Adobe's own; None where the file is
-            not built as it should be and has to be decoded as it is.
-        segments: (marker, data) of the others, in their order.
-        is_whole: it has its end marker.
-        trailer: what lies behind the end.
+        pixels: a JPEG file with only the segments of the image, including JFIF and Adobe; None if the file's
+            structure is invalid and it has to be decoded as it is.
+        segments: (marker, data) of the other segments, in order.
+        is_whole: whether it has an end marker.
+        trailer: bytes after the end marker.
     """
 
     pixels: bytes | None
@@ -57,18 +57,18 @@ class JpegParts:
 
 
 def png_chunk(name: bytes, data: bytes) -> bytes:
-    """A chunk as it stands in a file."""
+    """A chunk as stored in a file."""
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
 def split_png(file: IO[bytes], *, header_only: bool = False) -> PngParts:
     """
-    Take a PNG file apart.
+    Split a PNG file.
 
     Args:
-        header_only: stop where the pixels begin.
+        header_only: stop at the image data.
     Raises:
-        ValueError: it is damaged where the picture is made.
+        ValueError: the image data is damaged.
     """
     file.seek(len(PNG_SIGNATURE))
     pixels, chunks, damaged = [PNG_SIGNATURE], [], []
@@ -109,10 +109,10 @@ def split_png(file: IO[bytes], *, header_only: bool = False) -> PngParts:
 
 def split_jpeg(file: IO[bytes], *, header_only: bool = False) -> JpegParts:
     """
-    Take a JPEG file apart; one that is not built as it should be is left to the decoder.
+    Split a JPEG file. If its structure is invalid, it is left to the decoder.
 
     Args:
-        header_only: stop where the pixels begin.
+        header_only: stop at the image data.
     """
     file.seek(2)
     pixels, segments = [b"\xff\xd8"], []
@@ -153,7 +153,7 @@ def _next_marker(file: IO[bytes]) -> int | None:
 
 
 def _find_end(data: bytes) -> tuple[int, bool]:
-    """Where the picture ends in what follows the head of its first scan, and whether it has an end marker."""
+    """The end of the image in the data after the first scan header, and whether it has an end marker."""
     at = 0
     while found := _NEXT_MARKER.search(data, at):
         marker = found[1][0]
@@ -170,8 +170,8 @@ def _find_end(data: bytes) -> tuple[int, bool]:
 
 def has_all_frequencies(pixels: bytes) -> bool:
     """
-    Whether a progressive JPEG file that breaks off has something of every frequency of every component, so that no
-    more than the last bits of some are missing.
+    Whether a truncated progressive JPEG has data for every frequency of every component, so only the last bits of some
+    are missing.
 
     Args:
         pixels: as in [`JpegParts`].
@@ -197,7 +197,7 @@ def has_all_frequencies(pixels: bytes) -> bool:
 
 
 def photoshop_resources(data: bytes) -> dict[int, bytes]:
-    """The resources of a Photoshop block (8BIM), by number; what is damaged ends it."""
+    """The resources of a Photoshop block (8BIM), by number, up to the first damaged one."""
     resources: dict[int, bytes] = {}
     at = 0
     while data[at : at + 4] == b"8BIM" and at + 12 <= len(data):

@@ -1,4 +1,4 @@
-"""The input boundary: whatever a person calls an image becomes one kind of tensor, and goes back as it came."""
+"""Conversion of PIL images, arrays and tensors to one kind of tensor, and back to the original kind."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ _TENSOR_DTYPES = (torch.uint8, torch.uint16, torch.float16, torch.bfloat16, torc
 
 
 _GROWTH_PX = 4
-"""By how far what is seen grows at every size, see [`fill_transparent`]."""
+"""Pixels that the visible part grows by at every size, see [`fill_transparent`]."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Picture:
     Args:
         color: (3, H, W) float32 in [0, 1].
         alpha: (1, H, W) float32 in [0, 1], or None.
-        mode: the PIL mode to give back: L, LA, RGB, RGBA or I;16.
-        jpeg_quality: of the file that it was opened from, if that was a JPEG; see [`jpeg_quality`].
+        mode: the PIL mode of the output: L, LA, RGB, RGBA or I;16.
+        jpeg_quality: quality of the JPEG file that it was opened from, or None; see [`jpeg_quality`].
     """
 
     color: torch.Tensor
@@ -47,7 +47,7 @@ class Picture:
         return self.color.shape[2]
 
     def to_pil(self) -> Image.Image:
-        """As an image of the mode it came in: greyscale stays greyscale, alpha is kept, 16-bit stays 16-bit."""
+        """As an image of the original mode: greyscale stays greyscale, alpha is kept, 16-bit stays 16-bit."""
         return assemble_pil([self.color], (self.height, self.width), alpha=self.alpha, mode=self.mode)
 
     def to_tensor(self) -> torch.Tensor:
@@ -59,12 +59,12 @@ def assemble_pil(
     strips: Iterable[torch.Tensor], size: tuple[int, int], *, alpha: torch.Tensor | None = None, mode: str = "RGB"
 ) -> Image.Image:
     """
-    The image of a [`Picture`] whose colour comes in strips, from top to bottom, so that it never is there as floats.
+    The image of a [`Picture`] with colour given in strips, from top to bottom, to avoid holding it all as floats.
 
     Args:
         strips: (3, rows, W) each, as `Picture.color`.
-        size: height and width.
-        alpha, mode: as those of the picture.
+        size: (height, width).
+        alpha, mode: as in `Picture`.
     """
     image = Image.new(mode, (size[1], size[0]))
     top = 0
@@ -79,16 +79,16 @@ def assemble_pil(
 
 def read_pictures(image: ImageInput) -> list[Picture]:
     """
-    Read one image or several.
+    Read one or several images.
 
     Args:
         image: a PIL image (any mode of at most 16 bits; EXIF orientation is applied); an array (H, W), (H, W, C) or
             (B, H, W, C); a tensor (C, H, W) or (B, C, H, W); or a list of these. C is 1 (grey), 2 (grey and alpha), 3
             (RGB) or 4 (RGB and alpha). Floats of 16, 32 or 64 bits are in [0, 1]; uint8 and uint16 span their type.
     Raises:
-        TypeError: something else, such as a list in a list; values of another type; a masked array; a tensor that is
-            sparse, quantized, nested or on the device "meta".
-        ValueError: empty, a shape that is no image, values that are not finite or out of range.
+        TypeError: `image` is something else, such as a nested list; has another dtype; is a masked array; or is a
+            sparse, quantized or nested tensor or one on the device "meta".
+        ValueError: `image` is empty, has a wrong shape, or values that are not finite or out of range.
     """
     if isinstance(image, (list, tuple)):
         if not image:
@@ -99,10 +99,10 @@ def read_pictures(image: ImageInput) -> list[Picture]:
 
 def read_batch(image: ImageInput) -> torch.Tensor:
     """
-    Read images of one size as (B, 3, H, W) in [0, 1]; what is transparent is laid on white.
+    Read images of one size as (B, 3, H, W) in [0, 1]; transparency is composited on white.
 
     Raises:
-        TypeError, ValueError: as `read_pictures`; or sizes differ.
+        TypeError, ValueError: as `read_pictures`; or the sizes differ.
     """
     pictures = read_pictures(image)
     sizes = {(picture.height, picture.width) for picture in pictures}
@@ -115,17 +115,17 @@ def read_batch(image: ImageInput) -> torch.Tensor:
 
 def fill_transparent(color: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     """
-    Give the pixels that cannot be seen the colours of the nearest ones that can, so that an interpolation or a network
-    does not draw a rim of hidden colours around what is seen.
+    Give transparent pixels the colours of the nearest visible ones, so an interpolation or a network does not blend
+    hidden colours into visible edges.
 
-    What is seen grows by a few pixels, then the same is done to the picture at half the size, and so on; what is still
-    hidden is taken from there.
+    The visible part is grown by a few pixels, then the same is done to the image at half the size, and so on; pixels
+    that are still hidden are filled from there.
 
     Args:
         color: (3, H, W) in [0, 1].
-        alpha: (1, H, W) in [0, 1]; 0 hides.
+        alpha: (1, H, W) in [0, 1]; 0 is transparent.
     Returns:
-        (3, H, W): the colour where `alpha` is above 0, the filling elsewhere.
+        (3, H, W): `color` where `alpha` is above 0, the filled colours elsewhere.
     Source: after the push-pull pyramid of Gortler et al., The Lumigraph, SIGGRAPH 1996, section 3.4.
     """
     seen = alpha[0] > 0
@@ -147,7 +147,7 @@ def _fill(color: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
 
 
 def _grow(color: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """Give hidden pixels beside seen ones the mean of these, in place, and return the mask of what then is seen."""
+    """Give hidden pixels next to visible ones the mean of these, in place, and return the new mask."""
     rows = seen.clone()
     rows[:, 1:] |= seen[:, :-1]
     rows[:, :-1] |= seen[:, 1:]
@@ -180,13 +180,13 @@ def interpolate(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 def missing_detail(image: torch.Tensor, enlarged: torch.Tensor) -> torch.Tensor:
     """
-    What an image has and its enlargement, reduced, lacks: up(x - reduce(y)).
+    The difference between an image x and its downsampled upscaling y, upsampled: up(x - reduce(y)).
 
-    Both interpolations are bicubic, the reduction antialiased. They reach two pixels of the image to each side each.
+    Both interpolations are bicubic, and `reduce` is antialiased. Each reaches two pixels of x to each side.
 
     Args:
         image: x, (B, 3, H, W).
-        enlarged: y, (B, 3, s * H, s * W), s whole.
+        enlarged: y, (B, 3, s * H, s * W) for an integer s.
     Returns:
         (B, 3, s * H, s * W).
     """
@@ -195,7 +195,7 @@ def missing_detail(image: torch.Tensor, enlarged: torch.Tensor) -> torch.Tensor:
 
 
 def pad_to_multiple(image: torch.Tensor, factor: int) -> torch.Tensor:
-    """Extend (B, C, H, W) to the right and below, by its last pixels, to whole multiples of `factor`."""
+    """Pad (B, C, H, W) at the right and bottom with its edge pixels to multiples of `factor`."""
     height, width = image.shape[2:]
     return F.pad(image, (0, -width % factor, 0, -height % factor), mode="replicate")
 
@@ -249,7 +249,7 @@ def _refuse_dtype(name: str) -> None:
 
 
 def _check_shape(batch: tuple[int, ...], given: tuple[int, ...], wanted: str, *, channels_last: bool) -> None:
-    """Raise ValueError unless `batch` is a shape (B, H, W, C) of images; `given` is the one that was passed."""
+    """Raise ValueError unless `batch` is a shape (B, H, W, C) of images; `given` is the shape in the message."""
     is_image = len(batch) == 4 and batch[3] in (1, 2, 3, 4)
     if is_image and 0 not in batch:
         return
@@ -284,7 +284,7 @@ def _from_pil(image: Image.Image) -> Picture:
 
 
 def _color_key(image: Image.Image, rawmode: object) -> int | tuple[int, ...] | None:
-    """The transparent value of an image without a palette, which Pillow has in the levels of the file."""
+    """The transparent value of an image without a palette, in the file's levels, as Pillow has it."""
     key = image.info.get("transparency")
     if image.mode == "1" and isinstance(key, int):
         return 255 if key else 0
@@ -296,7 +296,7 @@ def _color_key(image: Image.Image, rawmode: object) -> int | tuple[int, ...] | N
 
 
 def _orientation(image: Image.Image) -> int:
-    """Of the EXIF data, 1 to 8. What XMP says of it does not count, as it does not in browsers."""
+    """The EXIF orientation, 1 to 8. An orientation in XMP is ignored, as in browsers."""
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         return 1  # Pillow has turned it
     try:
@@ -319,7 +319,7 @@ def _from_array(array: np.ndarray) -> Picture:
     elif array.dtype.kind == "f":
         with np.errstate(over="ignore"):
             values = torch.from_numpy(array.astype(np.float32))
-        # A rounding error beyond the range, as resizing leaves it, is no reason to refuse an image.
+        # Rounding errors beyond the range, such as those of a resize, are accepted.
         if not torch.isfinite(values).all() or values.min() < -1e-3 or values.max() > 1 + 1e-3:
             hint = "Divide 8-bit values by 255." if values.max() > 1 else "Shift and scale them, or clip them."
             raise ValueError(

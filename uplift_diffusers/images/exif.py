@@ -1,4 +1,4 @@
-"""EXIF data as TIFF directories, read and written with every tag's type and bytes as they are."""
+"""EXIF data as TIFF directories, read and written without changing a tag's type and bytes."""
 
 import struct
 from collections.abc import Callable, Iterator
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 EXPOSURE, GPS, INTEROPERABILITY = 0x8769, 0x8825, 0xA005
-"""Tags that point to a directory: of the exposure (the EXIF one), of the place, and of the kind of file."""
+"""Tags that point to a directory: EXIF (exposure), GPS (place), and interoperability."""
 
 ORIENTATION, X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT = 0x0112, 0x011A, 0x011B, 0x0128
 MAKER_NOTE, USER_COMMENT = 0x927C, 0x9286
@@ -14,19 +14,19 @@ MAKER_NOTE, USER_COMMENT = 0x927C, 0x9286
 BYTE, ASCII, SHORT, LONG, RATIONAL, UNDEFINED = 1, 2, 3, 4, 5, 7
 
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
-"""Bytes of a value, by its type."""
+"""Size of a value in bytes, by type."""
 
 _WORDS = {3: 2, 8: 2, 4: 4, 9: 4, 5: 4, 10: 4, 11: 4, 13: 4, 12: 8, 16: 8, 17: 8, 18: 8}
-"""Bytes that are turned round for the other byte order, by the type."""
+"""Size of the units that are byte-swapped, by type."""
 
 _MAX_BYTES = 64 * 2**20
-"""Of all values of a directory together: entries may share their bytes, so that a small file could ask for any."""
+"""Limit for all values of a directory together; entries may share bytes, so a small file could expand enormously."""
 
 ReadAt = Callable[[int, int], bytes]
 
 
 class Entry(NamedTuple):
-    """A tag's type, the number of its values, and these as bytes, in the byte order of the whole."""
+    """A tag's type, the number of its values, and the values as bytes, in the byte order of the block."""
 
     kind: int
     count: int
@@ -44,7 +44,7 @@ class Exif:
     Args:
         order: "<" (little-endian) or ">".
         main, exposure, place, interoperability: the directories.
-        damaged: tags that were left out because they cannot be read.
+        damaged: tags dropped because they cannot be read.
     """
 
     order: str = ">"
@@ -59,13 +59,13 @@ class Exif:
 
     @property
     def orientation(self) -> int:
-        """1 to 8, 1 where nothing or something else is said."""
+        """1 to 8; 1 if there is none or it is invalid."""
         value = self.number(self.main.get(ORIENTATION))
         return int(value) if value is not None and value in range(1, 9) else 1
 
     @property
     def dpi(self) -> tuple[float, float] | None:
-        """Dots per inch, horizontally and vertically, where they are said."""
+        """Dots per inch, horizontally and vertically, or None."""
         x, y = self.number(self.main.get(X_RESOLUTION)), self.number(self.main.get(Y_RESOLUTION))
         unit = self.number(self.main.get(RESOLUTION_UNIT)) or 2
         factor = {2.0: 1.0, 3.0: 2.54}.get(unit)
@@ -87,7 +87,7 @@ class Exif:
         return list(struct.unpack(f"{self.order}{entry.count}{letter}", entry.data)) if letter else []
 
     def without(self, *tags: int) -> "Exif":
-        """The same without some tags, in whatever directory they are."""
+        """A copy without the given tags, in all directories."""
 
         def rest(directory: Directory) -> Directory:
             return {tag: entry for tag, entry in directory.items() if tag not in tags}
@@ -101,13 +101,13 @@ class Exif:
         )
 
     def with_dpi(self, dpi: tuple[float, float]) -> "Exif":
-        """The same with a resolution in dots per inch."""
+        """A copy with a resolution in dots per inch."""
         x, y = (Entry(RATIONAL, 1, struct.pack(self.order + "II", round(value * 1000), 1000)) for value in dpi)
         unit = Entry(SHORT, 1, struct.pack(self.order + "H", 2))
         return replace(self, main={**self.main, X_RESOLUTION: x, Y_RESOLUTION: y, RESOLUTION_UNIT: unit})
 
     def in_order(self, order: str) -> "Exif":
-        """The same in the byte order `order`; what is UNDEFINED stays as it is."""
+        """A copy in the byte order `order`; values of type UNDEFINED are unchanged."""
         if order == self.order:
             return self
 
@@ -124,12 +124,12 @@ class Exif:
         )
 
     def to_bytes(self) -> bytes:
-        """A whole block, without the six bytes `Exif` that JPEG has before it."""
+        """The EXIF block, without JPEG's six-byte `Exif` prefix."""
         mark = b"II" if self.order == "<" else b"MM"
         return mark + struct.pack(self.order + "HI", 42, 8) + self.directories_at(8)
 
     def directories_at(self, start: int) -> bytes:
-        """The directories as they have to be written at the offset `start`, the main one first."""
+        """The directories as bytes for the offset `start`, the main one first."""
         main, exposure = dict(self.main), dict(self.exposure)
 
         def pointer(offset: int) -> Entry:
@@ -160,7 +160,7 @@ class Exif:
 
 
 def parse_exif(data: bytes) -> Exif:
-    """The EXIF data of a block. Raises ValueError if there is no directory to be found."""
+    """The EXIF data of a block. Raises ValueError if it has no directory."""
     while data.startswith(b"Exif\0\0"):
         data = data[6:]
     return read_directories(lambda offset, size: data[offset : offset + size], len(data))[0]
@@ -168,13 +168,13 @@ def parse_exif(data: bytes) -> Exif:
 
 def read_directories(read_at: ReadAt, length: int) -> tuple[Exif, Exif | None]:
     """
-    The first main directory with those below it, and the next main one, of a TIFF file or an EXIF block.
+    The first main directory with its subdirectories, and the next main one, of a TIFF file or an EXIF block.
 
     Args:
-        read_at: gives (offset, size) bytes, or fewer at the end.
-        length: of the whole in bytes.
+        read_at: (offset, size) -> that many bytes, or fewer at the end.
+        length: total length in bytes.
     Raises:
-        ValueError: it does not begin as a TIFF, or its first directory lies outside.
+        ValueError: there is no TIFF header, or the first directory lies outside the file.
     """
     head = read_at(0, 16)
     order = {b"II": "<", b"MM": ">"}.get(head[:2])
@@ -215,7 +215,7 @@ def read_directories(read_at: ReadAt, length: int) -> tuple[Exif, Exif | None]:
 def _read(
     read_at: ReadAt, start: int, length: int, order: str, is_big: bool, damaged: list[int]
 ) -> tuple[Directory, int]:
-    """A directory and the offset of the next one; tags that cannot be read are added to `damaged`."""
+    """A directory and the offset of the next one. Unreadable tags are added to `damaged`."""
     count_size, entry_size, room = (8, 20, 8) if is_big else (2, 12, 4)
     word = order + ("Q" if is_big else "I")
     count_bytes = read_at(start, count_size)
@@ -246,7 +246,7 @@ def _read(
 
 
 def _length(directory: Directory) -> int:
-    """In bytes, when written."""
+    """Length in bytes when written."""
     values = sum(len(entry.data) + len(entry.data) % 2 for entry in directory.values() if len(entry.data) > 4)
     return 2 + 12 * len(directory) + 4 + values
 

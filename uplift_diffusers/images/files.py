@@ -1,4 +1,4 @@
-"""Image files: found, opened under a size limit, and saved whole or not at all."""
+"""Image files: finding them, opening them under a size limit, and saving them atomically."""
 
 import io
 import os
@@ -52,15 +52,15 @@ INPUT_FORMATS = (
     *("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "AVIF", "JPEG2000", "PSD", "QOI", "TGA", "PPM"),
     *("ICO", "ICNS", "CUR", "DIB", "DDS", "PCX", "DCX", "SGI", "SUN", "MSP", "XBM", "XPM"),
 )
-"""Pillow's names of the formats that are opened: none that runs what is in a file, or another program, as EPS does."""
+"""Pillow's names of the formats that are opened. Excluded are formats that run code or other programs, such as EPS."""
 
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
-"""Opened by `pillow-heif`, where it is installed."""
+"""Suffixes opened by `pillow-heif`, if it is installed."""
 
 INPUT_SUFFIXES = HEIF_SUFFIXES | {
     suffix for suffix, name in Image.registered_extensions().items() if name in INPUT_FORMATS
 }
-"""What counts as an image in a folder."""
+"""Suffixes that count as images in a folder."""
 
 OUTPUT_FORMATS = {
     ".png": "PNG",
@@ -71,10 +71,10 @@ OUTPUT_FORMATS = {
     ".tiff": "TIFF",
     ".bmp": "BMP",
 }
-"""Pillow's name of the format that a suffix stands for."""
+"""Pillow's format name by suffix."""
 
 MAX_EDGES = {"JPEG": 65_500, "WEBP": 16_383}
-"""Pixels of the longest edge that a format holds, where that can be too few."""
+"""Longest edge in pixels that a format allows, if it is limited."""
 
 _SAVE_OPTIONS = {
     "JPEG": {"quality": 95, "subsampling": "4:4:4"},
@@ -94,12 +94,12 @@ _TILE_WIDTH, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 322, 338, 339
 @dataclass(frozen=True)
 class OpenedImage:
     """
-    What was read from an image file.
+    The contents of an image file.
 
     Args:
-        image: its first frame, upright, of mode L, LA, RGB, RGBA or I;16.
-        metadata: what else is in the file and holds for its enlargement, for [`save_image`].
-        losses: sentences on what is in the file and not in here.
+        image: the first frame, upright, of mode L, LA, RGB, RGBA or I;16.
+        metadata: metadata that also applies to the upscaled image, for [`save_image`].
+        losses: messages on what was lost.
     """
 
     image: Image.Image
@@ -110,13 +110,13 @@ class OpenedImage:
 @dataclass(frozen=True)
 class FoundFiles:
     """
-    What lies below a folder.
+    The contents of a folder, searched recursively.
 
     Args:
-        files: with a suffix of an image, sorted by path.
-        left_out: how many other files there are, by suffix; hidden ones (.name) are not counted.
-        problems: places that could not be looked at, and a sentence on each: folders that cannot be read, links to
-            folders, links that lead nowhere, and what has the name of an image and is no file.
+        files: files with an image suffix, sorted by path.
+        left_out: number of other files, by suffix; hidden ones (.name) are not counted.
+        problems: paths that could not be searched or used, with a message: unreadable folders, links to
+            folders, broken links, and entries with an image suffix that are not files.
     """
 
     files: tuple[Path, ...]
@@ -126,10 +126,10 @@ class FoundFiles:
 
 def find_image_files(folder: str | Path, *, leave_out: Path | None = None) -> FoundFiles:
     """
-    Look for images below `folder`.
+    Find images below `folder`.
 
     Args:
-        leave_out: a folder that is not looked at, such as that of the outputs.
+        leave_out: a folder to skip, such as the output folder.
     """
     unseen = leave_out and leave_out.resolve()
     files, left_out, problems = [], Counter(), []
@@ -163,16 +163,16 @@ def find_image_files(folder: str | Path, *, leave_out: Path | None = None) -> Fo
 
 def open_image(source: str | Path | IO[bytes]) -> OpenedImage:
     """
-    Read an image file, all of it, so that a damaged one is found out here.
+    Read and decode an image file completely, so damage is found here.
 
-    What lies beside the pixels (texts, profiles, EXIF data) never keeps an image from being opened: what is damaged or
-    too long there is in `losses`. Four inks (CMYK) become sRGB through the file's own profile. The EXIF orientation is
-    applied; one that is in XMP only is not, as in browsers.
+    Metadata (texts, profiles, EXIF data) never prevents an image from being opened: what is damaged or
+    too long is reported in `losses`. CMYK is converted to sRGB with the file's profile. The EXIF orientation is
+    applied; an orientation that is only in XMP is not, as in browsers.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no image, of a kind that is not read, damaged, or larger than `MAX_INPUT_PIXELS`; the
-            sentence does not name it.
+        OSError: the file cannot be read.
+        ValueError: the file is not an image, is of an unsupported format, damaged, or larger than `MAX_INPUT_PIXELS`;
+            the message does not name the file.
     """
     with _explaining_damage(), _stream(source) as stream:
         head = stream.read(_HEAD_BYTES)
@@ -189,7 +189,7 @@ def open_image(source: str | Path | IO[bytes]) -> OpenedImage:
 
 
 def check_image_header(source: str | Path | IO[bytes]) -> None:
-    """Raise as `open_image` does, from the beginning of the file alone: what is damaged further on passes."""
+    """Raise as `open_image` does, but read only the header; damage further on is not detected."""
     with _explaining_damage(), _stream(source) as stream:
         head = stream.read(4096)
         if head.startswith(PNG_SIGNATURE):
@@ -206,11 +206,11 @@ def check_image_header(source: str | Path | IO[bytes]) -> None:
 
 def plan_saving(opened: OpenedImage, suffix: str) -> OpenedImage:
     """
-    What will become of an opened image that is saved with `suffix`: `metadata` is what the format holds, and `losses`
-    have a sentence on the rest. To be called before the work.
+    Prepare an opened image for saving with `suffix`: in the result, `metadata` is what the format can hold, and
+    `losses` has messages on the rest. Call this before the work, to report losses early.
 
     Raises:
-        ValueError: `suffix` is none of `OUTPUT_FORMATS`.
+        ValueError: `suffix` is not one of `OUTPUT_FORMATS`.
     """
     file_format = _format_of(suffix)
     is_grey = _is_grey(opened.image.mode, file_format)
@@ -222,19 +222,19 @@ def save_image(
     image: Image.Image, path: str | Path, *, metadata: Metadata | None = None, overwrite: bool = False
 ) -> None:
     """
-    Save an image in the format of its suffix, whole or not at all.
+    Save an image atomically, in the format of its suffix.
 
-    JPEG has quality 95 without chroma subsampling, WebP quality 95; the others are lossless. Where the format has no
-    alpha the image is laid on white; where it has no 16 bits they are rounded to 8. What it cannot hold of `metadata`
-    is left out; [`plan_saving`] says beforehand what that is.
+    JPEG is saved with quality 95 without chroma subsampling, WebP with quality 95; the other formats are lossless. If
+    the format has no alpha, the image is composited on white; if it has no 16-bit mode, values are rounded to 8 bits.
+    Metadata that the format cannot hold is dropped; [`plan_saving`] reports it beforehand.
 
     Args:
-        path: ends in one of `OUTPUT_FORMATS`.
-        overwrite: replace a file that is there. Links, named pipes, sockets and devices are never replaced.
+        path: a path with one of the suffixes in `OUTPUT_FORMATS`.
+        overwrite: replace an existing file. Links, named pipes, sockets and devices are never replaced.
     Raises:
-        ValueError: another suffix, or pixels whose range is unknown.
-        FileExistsError: there is something that is not replaced, or it has appeared meanwhile.
-        OSError: it cannot be written; what was there is as it was.
+        ValueError: the suffix is not supported, or the range of the pixels is unknown.
+        FileExistsError: the path exists and is not to be replaced, even if it has appeared in the meantime.
+        OSError: the file cannot be written; an existing file is unchanged.
     """
     path = Path(path)
     file_format = _format_of(path.suffix)
@@ -251,7 +251,7 @@ def save_image(
 
 
 class _PythonFile:
-    """A file that Pillow's encoders do not write to past Python, where they lose the system's error (disk full)."""
+    """A file that Pillow's encoders write to through Python; directly, they lose system errors such as a full disk."""
 
     def __init__(self, file: IO[bytes]):
         self.write, self.read, self.seek, self.tell, self.flush = (
@@ -308,16 +308,16 @@ def _append_to_tiff(file: IO[bytes], metadata: Metadata) -> None:
 
 @contextmanager
 def _explaining_damage() -> Iterator[None]:
-    """Errors in the block as `open_image` raises them, and no warnings."""
+    """Turn errors in the block into those of `open_image`, and suppress warnings."""
     with warnings.catch_warnings():
-        # Pillow warns of sizes that are within the limit here, and of damaged metadata, which is told of elsewhere.
+        # Pillow warns of sizes that are within the limit here, and of damaged metadata, which is reported elsewhere.
         warnings.simplefilter("ignore")
         try:
             yield
         except _Refusal as refusal:
             raise ValueError(str(refusal)) from None
         except UnidentifiedImageError:
-            raise ValueError("not an image, or of a kind that is not read.") from None
+            raise ValueError("not an image, or an unsupported format.") from None
         except Image.DecompressionBombError:
             raise ValueError(f"larger than the limit of {MAX_INPUT_PIXELS / 1e6:g} megapixels.") from None
         except MemoryError:
@@ -331,7 +331,7 @@ def _explaining_damage() -> Iterator[None]:
 
 
 class _Refusal(Exception):  # noqa: N818
-    """A sentence on why a file is not read that is no damage."""
+    """A file is not read for a reason other than damage; the message says why."""
 
 
 @contextmanager
@@ -353,14 +353,14 @@ def _stream(source: str | Path | IO[bytes]) -> Iterator[IO[bytes]]:
 def _pillow_open(
     stream: IO[bytes], head: bytes, formats: tuple[str, ...] = INPUT_FORMATS
 ) -> Iterator[ImageFile.ImageFile]:
-    """The image in a stream, its pixels not read yet, of a size within the limit."""
+    """The image in a stream, within the size limit; its pixels are not read yet."""
     stream.seek(0)
     try:
         file = _heif(stream) if _is_heif(head) else Image.open(stream, formats=formats)
     except UnidentifiedImageError:
         if len(formats) != 1:
             raise
-        raise _Refusal(f"a {formats[0]} file that is damaged, or of a kind that is not read.") from None
+        raise _Refusal(f"a {formats[0]} file that is damaged or of an unsupported kind.") from None
     with file:
         if file.width * file.height > MAX_INPUT_PIXELS:
             raise Image.DecompressionBombError
@@ -379,7 +379,7 @@ def _heif(stream: IO[bytes]) -> ImageFile.ImageFile:
     try:
         from pillow_heif import HeifImageFile  # pyright: ignore[reportMissingImports] - nothing installs it
     except ImportError:
-        raise _Refusal("HEIC pictures need pillow-heif: pip install pillow-heif.") from None
+        raise _Refusal("HEIC images need pillow-heif: pip install pillow-heif.") from None
     return HeifImageFile(stream)
 
 
@@ -451,7 +451,7 @@ def _read_jpeg(parts: JpegParts, stream: IO[bytes]) -> OpenedImage:
 
 
 def _with_end(pixels: bytes) -> bytes:
-    """A JPEG file without its end marker, with one, if hardly anything is missing."""
+    """Add the end marker to a JPEG file without one, if hardly anything is missing."""
     whole = pixels + b"\xff\xd9"
     if not has_all_frequencies(pixels):
         # Some bytes of zeros let the decoder finish the last block if it is there.
@@ -465,7 +465,7 @@ def _with_end(pixels: bytes) -> bytes:
 
 
 def _decoded_rows(pixels: bytes) -> np.ndarray:
-    """(H,) bool: which rows of a JPEG file a decoder gets to that stops where the data stop; black ones are not."""
+    """(H,) bool: the rows of a truncated JPEG file that are decoded; black rows do not count."""
     with _pillow_open(io.BytesIO(pixels), b"", ("JPEG",)) as file:
         try:
             file.load()
@@ -501,7 +501,7 @@ def _read_tiff(stream: IO[bytes]) -> OpenedImage:
 
 
 def _read_deep_grey_with_alpha(stream: IO[bytes], first: Exif, second: Exif | None) -> OpenedImage:
-    """A TIFF of 16-bit grey and a second channel, which Pillow does not know: taken for four channels of 8 bits."""
+    """Read a TIFF of 16-bit grey and a second channel, which Pillow does not support, as four channels of 8 bits."""
     stream.seek(0)
     data = stream.read()
     data += b"\0" * (len(data) % 2)
@@ -545,12 +545,12 @@ def _tiff_directories(stream: IO[bytes]) -> tuple[Exif, Exif | None]:
 
 
 def _check_tiff_samples(first: Exif) -> None:
-    """Raise _Refusal, in a photographer's words, if the numbers of a TIFF are none that are read."""
+    """Raise _Refusal, in plain words, if the sample format of a TIFF is not supported."""
     bits, formats = max(_numbers(first, _BITS, 1)), set(_numbers(first, _SAMPLE_FORMAT, 1))
     if 3 in formats:
         kind = f"{bits}-bit floating-point pixels, whose range is unknown"
     elif formats & {5, 6}:
-        kind = "complex numbers as pixels, which are no colours"
+        kind = "complex-valued pixels"
     elif 2 in formats:
         kind = f"signed {bits}-bit pixels, from {-(2 ** (bits - 1))} to {2 ** (bits - 1) - 1}"
     elif bits > 16:
@@ -566,7 +566,7 @@ def _numbers(directory: Exif, tag: int, default: int) -> list[int]:
 
 
 def _with_tag(data: bytearray, tag: int, value: int) -> bytes:
-    """A TIFF file with another number in a tag of its first directory."""
+    """A TIFF file with a changed number in a tag of its first directory."""
     order = "<" if data[:2] == b"II" else ">"
     is_big = data[2:4] in (b"+\0", b"\0+")
     (start,) = struct.unpack_from(order + ("Q" if is_big else "I"), data, 8 if is_big else 4)
@@ -583,4 +583,4 @@ def _with_tag(data: bytearray, tag: int, value: int) -> bytes:
 def _what_is_no_file(path: Path) -> str:
     if not path.is_symlink():
         return "not a file, but a named pipe, a socket or a device."
-    return "a link that leads nowhere." if not path.exists() else "a link to something that is no file."
+    return "a broken link." if not path.exists() else "a link to something that is not a file."

@@ -1,4 +1,4 @@
-"""What lies beside the pixels of an image file: read once, kept where the output can hold it, else named."""
+"""Metadata of image files: read once, kept where the output format can hold it, and otherwise reported."""
 
 import re
 import struct
@@ -31,16 +31,16 @@ KEPT = {
     "resolution": {"PNG": "pHYs", "JPEG": "JFIF", "WEBP": "EXIF", "TIFF": "tags 282, 283, 296", "BMP": "header"},
     "colour space in numbers": {"PNG": "gAMA, cHRM, sRGB, cICP"},
 }
-"""Every kind of metadata, the output formats that hold it, and where; any other format loses it, which is told."""
+"""Where each output format stores each kind of metadata. Other formats lose it, which is reported."""
 
 MAX_SIDE_BYTES = 32 * 2**20
-"""Of a colour profile or of all text, after decompression: no file has more that means something."""
+"""Limit in bytes for a colour profile or for all text, after decompression; no real file has more."""
 
 _MAX_SEGMENT = 65533
-"""Bytes of a JPEG segment without its length."""
+"""Largest JPEG segment in bytes, without its length field."""
 
 _READABLE_TEXT = 2**20
-"""Bytes of a compressed text that readers such as Pillow take; a longer one is written uncompressed."""
+"""Longest compressed text in bytes that readers such as Pillow accept; longer ones are written uncompressed."""
 
 _IPTC, _PHOTOSHOP_XMP, _PHOTOSHOP_EXIF, _PHOTOSHOP_ICC, _PHOTOSHOP_RESOLUTION = 0x0404, 0x0424, 0x0422, 0x040F, 0x03ED
 
@@ -59,16 +59,16 @@ _STORAGE_TAGS = (
     0xC4A5,  # for printers, with offsets
     *range(0xB000, 0xB100),  # of several pictures in one file
 )
-"""Main tags that say how the pixels were stored."""
+"""Main tags on how the pixels were stored."""
 
 _SIZE_TAGS = (0x9102, 0x9214, 0xA002, 0xA003, 0xA20E, 0xA20F, 0xA210, 0xA214, 0x1001, 0x1002)
-"""Tags in pixels of the original: of its size, of places in it and of its density on the sensor."""
+"""Tags in units of the original's pixels: its size, positions in it and its density on the sensor."""
 
 _MAP_TAGS = (33550, 33922, 34264, 34735, 34736, 34737, 42112, 42113)
-"""Tags by which a TIFF pixel has a place on the earth (GeoTIFF)."""
+"""Tags that georeference TIFF pixels (GeoTIFF)."""
 
 _COLOR_TAGS = (0xA001, 0xA500, 0x012D, 0x013E, 0x013F)
-"""Tags that say which colour space the numbers are in, beside the interoperability directory."""
+"""Tags on the colour space of the pixel values, besides the interoperability directory."""
 
 _XMP_NOTES: tuple[tuple[str, str | None, str | None], ...] = (
     ("http://ns.adobe.com/tiff/1.0/", "Orientation|ImageWidth|ImageLength", None),
@@ -83,7 +83,7 @@ _XMP_NOTES: tuple[tuple[str, str | None, str | None], ...] = (
     ("http://ns.google.com/photos/1.0/depthmap/", None, "depth map"),
     ("http://ns.google.com/photos/1.0/panorama/", "[A-Za-z]*Pixels", "panorama's sizes in pixels"),
 )
-"""What of XMP is no longer true of the output: the name space, the names in it (None: all), and what is told."""
+"""XMP that does not apply to the output: the namespace, the names in it (None: all), and what is reported."""
 
 _SRGB_CHROMATICITIES = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
 
@@ -91,16 +91,16 @@ _SRGB_CHROMATICITIES = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
 @dataclass(frozen=True)
 class Metadata:
     """
-    What lies beside the pixels of a file and is true of its enlargement too.
+    Metadata of a file that also applies to the upscaled image.
 
     Args:
         icc_profile: colour profile.
-        exif: without orientation, sizes in pixels and what else says how the original was stored.
+        exif: EXIF data without orientation, sizes in pixels and other tags on how the original was stored.
         xmp: an XMP packet in UTF-8, without the same.
         iptc: IPTC-IIM records.
-        comments: of JPEG, GIF and JPEG 2000, as bytes.
-        texts: (name, data) of PNG chunks of text.
-        dpi: dots per inch, horizontally and vertically. It stays as it is: a larger picture is printed larger.
+        comments: comments of JPEG, GIF and JPEG 2000, as bytes.
+        texts: (name, data) of PNG text chunks.
+        dpi: dots per inch, horizontally and vertically. Unchanged, so an upscaled image prints larger.
         color_chunks: data of the PNG chunks gAMA, cHRM, sRGB and cICP, by name.
     """
 
@@ -114,7 +114,7 @@ class Metadata:
     color_chunks: Mapping[bytes, bytes] | None = None
 
     def without_color_space(self) -> "Metadata":
-        """For pixels that were converted to sRGB."""
+        """A copy without colour space, for pixels that were converted to sRGB."""
         exif = self.exif.without(*_COLOR_TAGS) if self.exif else None
         exif = replace(exif, interoperability={}) if exif else None
         return replace(self, icc_profile=None, color_chunks=None, exif=exif or None)
@@ -122,7 +122,7 @@ class Metadata:
 
 @dataclass
 class _Reading:
-    """What is collected from a file: kinds as they are found, orientation, and sentences on what is lost."""
+    """Metadata collected while reading a file, its orientation, and messages on what is lost."""
 
     icc_profile: bytes | None = None
     exif: Exif | None = None
@@ -153,7 +153,7 @@ class _Reading:
                 names = ", ".join(dict.fromkeys(map(tag_name, exif.damaged)))
                 self.lose(f"damaged EXIF tags are left out: {_shortened(names)}.")
             if exif.main.keys() & set(_MAP_TAGS):
-                self.lose("its place on the map (GeoTIFF), which is in pixels, is left out.")
+                self.lose("its georeferencing (GeoTIFF), which is in pixels, is left out.")
             offsets = [tag for tag, entry in exif.main.items() if entry.kind in (13, 18)]
             raw = range(0xC612, 0xC800) if 0xC612 in exif.main else ()  # DNG: how a camera's raw data are developed
             exif = exif.without(*_SIZE_TAGS, *_MAP_TAGS)
@@ -188,7 +188,7 @@ class _Reading:
 
 
 def read_jpeg_metadata(parts: JpegParts, info: Mapping[Any, Any]) -> tuple[Metadata, int, tuple[str, ...]]:
-    """The metadata, the orientation (1 to 8) and sentences on what is lost, of a JPEG file with this `Image.info`."""
+    """The metadata, the orientation (1 to 8) and messages on losses, of a JPEG file with this `Image.info`."""
     reading = _Reading(dpi=_info_dpi(info))
     exif, profile_parts, num_parts, extended, other_pictures = b"", {}, 0, False, False
     for marker, data in parts.segments:
@@ -219,16 +219,16 @@ def read_jpeg_metadata(parts: JpegParts, info: Mapping[Any, Any]) -> tuple[Metad
     if extended:
         reading.lose("its extended XMP is left out.")
     if b"ftyp" in parts.trailer[:4096]:
-        reading.lose("the video behind the picture is left out.")
+        reading.lose("the video appended to the image is left out.")
     if other_pictures:
-        reading.lose("the file has other pictures (of an HDR gain map, a depth map or a second view): left out.")
+        reading.lose("the file's other images (an HDR gain map, a depth map or a second view) are left out.")
     if not parts.is_whole:
         reading.lose("the file's last bytes are missing: the lower edge may be blurred or grey.")
     return reading.finish()
 
 
 def read_png_metadata(parts: PngParts, info: Mapping[Any, Any]) -> tuple[Metadata, int, tuple[str, ...]]:
-    """As `read_jpeg_metadata`, of a PNG file."""
+    """As `read_jpeg_metadata`, for a PNG file."""
     reading = _Reading()
     size, texts = 0, []
     for name, data in parts.chunks:
@@ -260,7 +260,7 @@ def read_png_metadata(parts: PngParts, info: Mapping[Any, Any]) -> tuple[Metadat
         elif name == b"caBX":
             reading.lose("its content credentials (C2PA), which hold for the original only, are left out.")
         elif name == b"acTL" and len(data) == 8 and struct.unpack(">I", data[:4])[0] > 1:
-            reading.lose("only the first picture of the animation is enlarged.")
+            reading.lose("only the first frame of the animation is upscaled.")
     reading.texts = tuple(texts)
     for name in parts.damaged:
         reading.lose(f"its chunk {_printable(name)} is damaged (a wrong checksum) and is left out.")
@@ -270,7 +270,7 @@ def read_png_metadata(parts: PngParts, info: Mapping[Any, Any]) -> tuple[Metadat
 def read_tiff_metadata(
     first: Exif, second: Exif | None, info: Mapping[Any, Any]
 ) -> tuple[Metadata, int, tuple[str, ...]]:
-    """As `read_jpeg_metadata`, of a TIFF file with these directories."""
+    """As `read_jpeg_metadata`, for a TIFF file with these directories."""
 
     def data(tag: int) -> bytes:
         entry = first.main.get(tag)
@@ -280,17 +280,17 @@ def read_tiff_metadata(
     reading.icc_profile = data(_ICC_TAG) or None
     reading.iptc = data(_IPTC_TAG) or None
     if second is not None and not int(second.number(second.main.get(254)) or 0) & 5:  # no preview and no mask
-        reading.lose("only the first of several pictures is enlarged.")
+        reading.lose("only the first of several images is upscaled.")
     return reading.finish()
 
 
 def read_other_metadata(image: Image.Image, head: bytes) -> tuple[Metadata, int, tuple[str, ...]]:
     """
-    As `read_jpeg_metadata`, of any other format.
+    As `read_jpeg_metadata`, for any other format.
 
     Args:
-        image: as Pillow opened it.
-        head: how the file begins.
+        image: as opened by Pillow.
+        head: the first bytes of the file.
     """
     info = image.info
     reading = _Reading(dpi=_info_dpi(info), icc_profile=_bytes(info.get("icc_profile")), xmp=_bytes(info.get("xmp")))
@@ -318,7 +318,7 @@ def read_other_metadata(image: Image.Image, head: bytes) -> tuple[Metadata, int,
     elif image.format in ("AVIF", "HEIF"):
         reading.color_chunks = _nclx(head)
     if image.format != "PSD" and getattr(image, "is_animated", False):
-        reading.lose("only the first of several pictures is enlarged.")
+        reading.lose("only the first of several images is upscaled.")
     return reading.finish()
 
 
@@ -326,12 +326,12 @@ def fit_metadata(
     metadata: Metadata, file_format: str, *, is_grey: bool, suffix: str
 ) -> tuple[Metadata, tuple[str, ...]]:
     """
-    What of `metadata` a file of `file_format` holds, and sentences on the rest.
+    The part of `metadata` that a file of `file_format` can hold, and messages on the rest.
 
     Args:
-        file_format: Pillow's name of it: one in `KEPT`.
+        file_format: Pillow's format name, one of those in `KEPT`.
         is_grey: whether the file's pixels are greyscale.
-        suffix: what the sentences call the file by.
+        suffix: the file's suffix, for the messages.
     """
     lost, losses = [], []
 
@@ -373,7 +373,7 @@ def fit_metadata(
         metadata = replace(metadata, dpi=None)
     if metadata.color_chunks and not holds("colour space in numbers"):
         if meaning := _color_meaning(metadata):
-            losses.append(f"its colours are meant to be read with {meaning}, which a {suffix} cannot say.")
+            losses.append(f"its colours need {meaning}, which a {suffix} cannot store.")
         metadata = replace(metadata, color_chunks=None)
     if lost:
         losses.append(f"a {suffix} cannot hold its {_plural(lost)}: left out.")
@@ -381,7 +381,7 @@ def fit_metadata(
 
 
 def save_options(metadata: Metadata, file_format: str) -> dict[str, Any]:
-    """Arguments of Pillow's `save` for metadata that fit the format; of a TIFF, [`finish_tiff`] writes the others."""
+    """Arguments of Pillow's `save` for fitted metadata. For a TIFF, [`finish_tiff`] writes the rest."""
     options: dict[str, Any] = {}
     if metadata.icc_profile:
         options["icc_profile"] = metadata.icc_profile
@@ -413,11 +413,11 @@ def save_options(metadata: Metadata, file_format: str) -> dict[str, Any]:
 
 def finish_tiff(data_at: exif_data.ReadAt, length: int, metadata: Metadata) -> bytes | None:
     """
-    What to append to a TIFF file that Pillow wrote, where the header's first directory then has to be, so that it has
-    all metadata; None if there is nothing to add.
+    Bytes to append to a TIFF file written by Pillow to add all metadata, and the new offset of its first directory;
+    None if there is nothing to add.
 
     Args:
-        data_at, length: of the file, as in `read_directories`; `length` is even.
+        data_at, length: the file, as in `read_directories`; `length` is even.
     """
     written, _ = read_directories(data_at, length)
     exif = (metadata.exif or Exif(written.order)).in_order(written.order)
@@ -433,10 +433,10 @@ def finish_tiff(data_at: exif_data.ReadAt, length: int, metadata: Metadata) -> b
 
 def clean_xmp(packet: bytes) -> tuple[bytes, list[str]]:
     """
-    An XMP packet in UTF-8 without what is no longer true of the enlarged, upright picture.
+    An XMP packet in UTF-8 without what does not apply to the upscaled, upright image.
 
     Returns:
-        The packet, and names of what was in the file beside the picture and is told.
+        The packet, and names of the removed references to other data in the file, which are reported.
     """
     has_mark = packet[:2] in (b"\xff\xfe", b"\xfe\xff")
     if has_mark or b"\0" in packet[:2]:
@@ -456,7 +456,7 @@ def clean_xmp(packet: bytes) -> tuple[bytes, list[str]]:
 
 
 def _without(packet: bytes, prefix: bytes, names: bytes) -> tuple[bytes, int]:
-    """XMP without the attributes and elements of these names, and how many they were."""
+    """XMP without the attributes and elements of these names, and the number removed."""
     name = re.escape(prefix) + rb":(?:" + names + rb")"
     packet, count = re.subn(rb"\s" + name + rb"\s*=\s*(?:\"[^\"]*\"|'[^']*')", b"", packet)
     kept, at = [], 0
@@ -476,12 +476,12 @@ def _without(packet: bytes, prefix: bytes, names: bytes) -> tuple[bytes, int]:
 
 
 def tag_name(tag: int) -> str:
-    """What EXIF calls a tag, or its number."""
+    """The EXIF name of a tag, or its number."""
     return ExifTags.TAGS.get(tag) or ExifTags.GPSTAGS.get(tag) or f"0x{tag:04x}"
 
 
 def _shortened_exif(exif: Exif, max_bytes: int) -> tuple[Exif | None, list[str]]:
-    """EXIF data without the largest tags, as many as have to go, and the names of these."""
+    """EXIF data without as many of the largest tags as necessary, and the names of those."""
     left_out = []
     while exif and len(exif.to_bytes()) > max_bytes:
         entries = {**exif.main, **exif.exposure, **exif.place, **exif.interoperability}
@@ -492,7 +492,7 @@ def _shortened_exif(exif: Exif, max_bytes: int) -> tuple[Exif | None, list[str]]
 
 
 def _take_profile_text(reading: _Reading, keyword: str, name: bytes, data: bytes) -> bool:
-    """Whether a PNG text is metadata of another kind in disguise, which is noted."""
+    """Whether a PNG text holds metadata of another kind, which is then recorded."""
     if keyword == "XML:com.adobe.xmp":
         reading.xmp = reading.xmp or _text_of(name, data)
         return True
@@ -521,7 +521,7 @@ def _take_profile_text(reading: _Reading, keyword: str, name: bytes, data: bytes
 
 
 def _readable_text(name: bytes, data: bytes) -> tuple[bytes, bytes] | None:
-    """A PNG text chunk that every reader takes: one that is long when decompressed is not compressed any more."""
+    """A PNG text chunk that every reader accepts: stored uncompressed if it is long after decompression."""
     keyword, _, rest = data.partition(b"\0")
     if name == b"zTXt":
         text = _unpacked(rest[1:])
@@ -542,7 +542,7 @@ def _readable_text(name: bytes, data: bytes) -> tuple[bytes, bytes] | None:
 
 
 def _text_of(name: bytes, data: bytes) -> bytes:
-    """The text of a chunk that is readable, as bytes."""
+    """The text of a readable chunk, as bytes."""
     rest = data.partition(b"\0")[2]
     if name == b"tEXt":
         return rest
@@ -553,7 +553,7 @@ def _text_of(name: bytes, data: bytes) -> bytes:
 
 
 def _unpacked(data: bytes) -> bytes | None:
-    """Decompressed; None if that fails or is longer than `MAX_SIDE_BYTES`."""
+    """Decompressed data; None if that fails or it is longer than `MAX_SIDE_BYTES`."""
     unpacker = zlib.decompressobj()
     try:
         text = unpacker.decompress(data, MAX_SIDE_BYTES + 1)
@@ -584,7 +584,7 @@ def _png_info(metadata: Metadata) -> PngImagePlugin.PngInfo:
 
 
 def _color_meaning(metadata: Metadata) -> str:
-    """What PNG chunks say of the colours that is not sRGB's and nothing else in the file says; else nothing."""
+    """The colour space in PNG chunks if it is not sRGB and nothing else in the file defines one; else empty."""
     chunks = metadata.color_chunks or {}
     if cicp := chunks.get(b"cICP"):
         is_srgb = cicp[0] in (1, 2) and cicp[1] in (1, 2, 6, 13, 14, 15)
@@ -613,7 +613,7 @@ def _space_of(profile: bytes) -> str:
 
 
 def _num_other_pictures(block: bytes) -> int:
-    """How many pictures a JPEG file has beside its first one that are more than previews of it."""
+    """The number of further images in a JPEG file, without previews."""
     try:
         first, _ = read_directories(lambda offset, size: block[offset : offset + size], len(block))
     except (ValueError, struct.error):
@@ -628,7 +628,7 @@ def _num_other_pictures(block: bytes) -> int:
 
 
 def _bmp_profile(head: bytes) -> bytes | None:
-    """Embedded in a BMP file of version 5."""
+    """The colour profile embedded in a BMP file of version 5."""
     if len(head) < 138 or head[14:18] != struct.pack("<I", 124) or head[70:74] != b"DEBM":
         return None
     offset, size = struct.unpack_from("<II", head, 126)
@@ -644,7 +644,7 @@ def _jp2_profile(head: bytes) -> bytes | None:
 
 
 def _nclx(head: bytes) -> dict[bytes, bytes] | None:
-    """The colour space of an AVIF or HEIC picture as a chunk cICP, where it is another one than sRGB."""
+    """The colour space of an AVIF or HEIC image as a cICP chunk, unless it is sRGB."""
     at = head.find(b"colrnclx")
     if at < 0 or len(head) < at + 15:
         return None
@@ -660,7 +660,7 @@ def _info_dpi(info: Mapping[Any, Any]) -> tuple[float, float] | None:
 
 
 def _sane_dpi(dpi: tuple[float, float] | None) -> tuple[float, float] | None:
-    """A resolution that every format can hold, or None."""
+    """A resolution that every format can store, or None."""
     try:
         x, y = (float(value) for value in dpi or ())
     except (TypeError, ValueError, ZeroDivisionError):

@@ -1,4 +1,4 @@
-"""PIL images of every mode, orientation and kind of transparency brought to a few modes."""
+"""Conversion of PIL images of every mode, orientation and kind of transparency to a few modes."""
 
 import io
 
@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 MODES = ("L", "LA", "RGB", "RGBA", "I;16")
-"""PIL modes that every image is brought to: greyscale or colour, with alpha or not, and 16-bit greyscale."""
+"""The resulting PIL modes: greyscale or colour, with or without alpha, and 16-bit greyscale."""
 
 DEEP_GREY_WITH_ALPHA = "its 16-bit grey becomes 8-bit, because it has transparency."
 
@@ -19,11 +19,11 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes an image upright, by its EXIF orientation. Pillow turns anticlockwise."""
+"""The transposition that makes an image upright, by EXIF orientation. Pillow rotates anticlockwise."""
 
 
 def lay_on_white(image: Image.Image) -> Image.Image:
-    """An LA or RGBA image as L or RGB, as it looks on white paper; other images as they are."""
+    """An LA or RGBA image composited on white, as L or RGB; other images unchanged."""
     if image.mode not in ("LA", "RGBA"):
         return image
     paper = Image.new(image.mode.removesuffix("A"), image.size, "white")
@@ -37,7 +37,7 @@ def to_eight_bits(values: np.ndarray) -> np.ndarray:
 
 
 def turn_upright(image: Image.Image, orientation: int) -> Image.Image:
-    """Turned and mirrored as an EXIF orientation from 1 to 8 says."""
+    """The image rotated and mirrored according to an EXIF orientation from 1 to 8."""
     return image if orientation == 1 else image.transpose(_TURNS[orientation])
 
 
@@ -45,16 +45,16 @@ def to_common_mode(
     image: Image.Image, *, color_key: int | tuple[int, ...] | None = None, icc_profile: bytes | None = None
 ) -> tuple[Image.Image, tuple[str, ...]]:
     """
-    Bring an image to one of `MODES`.
+    Convert an image to one of `MODES`.
 
     Args:
-        image: of any mode that Pillow has.
-        color_key: the grey value or the colour that is transparent, in the image's own levels.
-        icc_profile: through which four inks (CMYK) become sRGB.
+        image: a PIL image of any mode.
+        color_key: the transparent grey value or colour, in the image's levels.
+        icc_profile: the profile for the conversion of CMYK to sRGB.
     Returns:
-        The image, and sentences on what could not be done as it should.
+        The image, and messages on what is only approximate or lost.
     Raises:
-        ValueError: floats, or integers that are no 16-bit values.
+        ValueError: the pixels are floats, or integers that are not 16-bit values.
     """
     mode, losses = image.mode, ()
     if mode == "F":
@@ -99,7 +99,7 @@ def _cmyk_to_rgb(image: Image.Image, icc_profile: bytes | None) -> tuple[Image.I
             assert converted is not None  # as it is only where a picture is converted in place
             return converted, ()
         except Exception:  # no colour management in this Pillow, or a profile that it cannot use, in many ways
-            why = "whose colour profile cannot be used"
+            why = "with an unusable colour profile"
     else:
         why = "without a colour profile"
-    return image.convert("RGB"), (f"it has four inks (CMYK) {why}: its colours are made up and may be other ones.",)
+    return image.convert("RGB"), (f"it is CMYK {why}: its colours are approximate.",)

@@ -1,1 +1,1 @@
-"""The networks: UPLiFT itself and the small autoencoder of the embedded bundle."""
+"""The networks: UPLiFT and the small autoencoder of the embedded bundle."""

@@ -15,11 +15,11 @@ from uplift_diffusers.scale import size_of
 from uplift_diffusers.tiling import Window, run_on_tile, split_into_tiles, tile_edge
 
 TILE_SIZE = 768
-"""Edge of a tile in pixels: larger ones have less halo and take more memory."""
+"""Edge of a tile in pixels. Larger tiles have relatively smaller halos and need more memory."""
 
 
 class ResidualBlock(nn.Module):
-    """x + conv3x3(relu(conv3x3(x))); no norm, so that an output depends only on its neighbourhood."""
+    """x + conv3x3(relu(conv3x3(x))), without a norm, so an output depends only on its neighbourhood."""
 
     reach = 2
 
@@ -93,11 +93,11 @@ class AutoencoderLocal(ModelMixin, AutoencoderMixin, ConfigMixin):
     r"""
     The autoencoder of the embedded bundle, with the interface of diffusers' deterministic autoencoders.
 
-    The code is linear at its core: an 8x8 convolution with stride 8 and its transpose, which [`fit_linear_code`]
-    sets to the principal components of 8x8 RGB blocks. A convolutional encoder and decoder stand beside it, start at
-    zero, and learn what the linear code cannot say. There is no attention and no norm over space, so every output
-    pixel depends on a bounded neighbourhood of the input, and tiles are exact. They are on from the start, where no
-    gradient is asked for; `disable_tiling()` turns them off.
+    The core is a linear code: an 8x8 convolution with stride 8 and its transpose, which [`fit_linear_code`]
+    sets to the principal components of 8x8 RGB blocks. A convolutional encoder and decoder, initialised to zero, add
+    what the linear code cannot represent. There is no attention and no norm over space, so every output
+    pixel depends on a bounded neighbourhood of the input, and tiling is exact. Tiling is on by default, except when
+    gradients are needed; `disable_tiling()` turns it off.
 
     Args:
         latent_channels (`int`): channels of the latents.
@@ -105,7 +105,7 @@ class AutoencoderLocal(ModelMixin, AutoencoderMixin, ConfigMixin):
         encoder_layers_per_block (`tuple[int, int]`): residual blocks of the encoder at 1/4 and at 1/8.
         decoder_layers_per_block (`tuple[int, int]`): residual blocks of the decoder at 1/4 and at 1/8.
         scaling_factor (`float`): multiplies raw latents to give latents of unit standard deviation.
-        latent_space (`str`): the name under which upsamplers ask for these latents.
+        latent_space (`str`): name of the latent space, which upsamplers are matched by.
     """
 
     config: Any  # diffusers' FrozenDict: its entries are attributes, too
@@ -146,7 +146,7 @@ class AutoencoderLocal(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def enable_tiling(self, tile_size: int = TILE_SIZE) -> None:
         """
-        Encode and decode in tiles, which bounds the memory and changes the output only by float32 rounding.
+        Encode and decode in tiles, which bounds memory and changes the output only by float32 rounding.
 
         Args:
             tile_size: largest edge of a tile in pixels, at least 8.
@@ -156,12 +156,12 @@ class AutoencoderLocal(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @property
     def encoder_reach(self) -> int:
-        """Latents to each side whose pixels a latent depends on: the halo of an exactly encoded tile."""
+        """Number of latents to each side whose pixels a latent depends on: the halo of an encoded tile."""
         return self.encoder.reach
 
     @property
     def decoder_reach(self) -> int:
-        """Latents to each side on which the pixels of a latent depend: the halo of an exactly decoded tile."""
+        """Number of latents to each side on which the pixels of a latent depend: the halo of a decoded tile."""
         return self.decoder.reach
 
     @apply_forward_hook
@@ -195,12 +195,12 @@ class AutoencoderLocal(ModelMixin, AutoencoderMixin, ConfigMixin):
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def count_strips(self, size: tuple[int, int]) -> int:
-        """How many strips `decode_strips` gives for latents of `size` (h, w)."""
+        """The number of strips that `decode_strips` gives for latents of `size` (h, w)."""
         return len(self._tiles(size))
 
     def decode_strips(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         """
-        The rows of what `decode` gives, from top to bottom, so that a large picture need not lie in memory whole.
+        The output of `decode` in strips of rows, from top to bottom, to avoid holding a large image in memory.
 
         Args:
             latents: raw, (B, C, h, w).
@@ -208,7 +208,7 @@ class AutoencoderLocal(ModelMixin, AutoencoderMixin, ConfigMixin):
             An iterator over (B, 3, rows, 8w), about [-1, 1], not clamped, without gradient: a row of tiles each, or
             the whole if tiling is off.
         Raises:
-            ValueError: `latents` cannot be decoded; raised by the call itself.
+            ValueError: `latents` cannot be decoded; raised by the call, not by the iteration.
         """
         self.check_latents(latents)
         return self._decode_strips(latents)
@@ -231,7 +231,7 @@ class AutoencoderLocal(ModelMixin, AutoencoderMixin, ConfigMixin):
         return split_into_tiles(size, self.tile_edge if self.use_tiling else max(size))
 
     def _is_tiled(self, size: tuple[int, int]) -> bool:
-        """Whether a picture of `size` (h, w) latents is worked on in tiles, which have no gradient."""
+        """Whether an image of `size` (h, w) latents is processed in tiles, which have no gradient."""
         return self.use_tiling and max(size) > self.tile_edge and not torch.is_grad_enabled()
 
     def _encode(self, sample: torch.Tensor) -> torch.Tensor:
@@ -264,11 +264,11 @@ class AutoencoderLocal(ModelMixin, AutoencoderMixin, ConfigMixin):
         """
         Set the linear encoder and decoder to the principal components of image blocks.
 
-        With eigenvalues l_k and eigenvectors v_k, latent k is <v_k, x - mean> / (g l_k^(1/4)), half way between
+        With eigenvalues l_k and eigenvectors v_k, latent k is <v_k, x - mean> / (g l_k^(1/4)), halfway between
         whitening (1/2) and an orthonormal code (0); g makes the standard deviation over all latents 1.
 
         Args:
-            blocks: (N, 3, 8, 8) in [-1, 1], N at least 192 and better tens of thousands.
+            blocks: (N, 3, 8, 8) in [-1, 1], N at least 192; tens of thousands are better.
         """
         factor, channels = self.spatial_factor, self.config.latent_channels
         if blocks.ndim != 4 or tuple(blocks.shape[1:]) != (3, factor, factor) or len(blocks) < 3 * factor**2:

@@ -9,7 +9,7 @@ from torch import nn
 
 
 class ChannelLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels of every position of (B, C, H, W)."""
+    """LayerNorm over the channels at every position of (B, C, H, W)."""
 
     def __init__(self, channels: int):
         super().__init__(channels, eps=1e-6)
@@ -19,7 +19,7 @@ class ChannelLayerNorm(nn.LayerNorm):
 
 
 class ChannelBias(nn.Module):
-    """A bias for every channel of (B, C, H, W), in the place of a norm: contrast stays what it is."""
+    """A bias per channel of (B, C, H, W), used instead of a norm; preserves contrast."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -44,14 +44,14 @@ def total_reach(blocks: Iterable[Any]) -> int:
 
 
 def add_shared_channels(hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """Add `residual` to `hidden` in place, cut or zero-padded to its channels."""
+    """Add `residual`, cut or zero-padded to the channels of `hidden`, to `hidden` in place."""
     shared = min(hidden.shape[1], residual.shape[1])
     hidden[:, :shared] += residual[:, :shared]
     return hidden
 
 
 class SampledConv2d(nn.Conv2d):
-    """A 3x3 convolution without bias that can be asked for every `stride`-th position only."""
+    """A 3x3 convolution without bias that can compute every `stride`-th position only."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, 3, padding=1, bias=False)
@@ -64,7 +64,7 @@ class ConvBlock(nn.Module):
     """
     `num_convs` times [3x3 convolution, norm, ReLU], then a 1x1 convolution, plus the block's input.
 
-    Where the channel counts differ, the input is cut or zero-padded to the output's channels before it is added.
+    If the channel counts differ, the input is cut or zero-padded to the output's channels before it is added.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, num_convs: int, norm_type: str):
@@ -92,7 +92,7 @@ class ConvBlock(nn.Module):
 
 
 class ConvGroup(nn.Module):
-    """`num_layers` blocks in a row, the first of which sets the width."""
+    """`num_layers` blocks in sequence; the first one sets the width."""
 
     _gradient_checkpointing_func: Callable[..., torch.Tensor]
 
@@ -134,16 +134,17 @@ def resample_nearest(features: torch.Tensor, size: tuple[int, int]) -> torch.Ten
 
 def interpolate_2x(values: torch.Tensor, place: torch.Tensor | None = None) -> torch.Tensor:
     """
-    2x bilinear interpolation with `align_corners=True`, of a whole picture or of a part of one.
+    2x bilinear interpolation with `align_corners=True`, of a whole image or of a part of one.
 
-    Of n positions, output i is read at i (n - 1) / (2n - 1), so the weights depend on the place in the whole. They are
-    rounded as F.interpolate rounds them, to float32: the exact ones differ from its by 2e-4 at n = 1500, and tiles
-    would show. Inside the whole, the outermost two outputs of a part lack a neighbour and are wrong.
+    With n input positions, output i is sampled at i (n - 1) / (2n - 1), so the weights depend on the position in the
+    whole. They are rounded to float32 as in F.interpolate: the exact weights differ from those by 2e-4 at n = 1500,
+    which would make tiles visible. At an edge inside the whole, the outermost two outputs of a part lack a neighbour
+    and are wrong.
 
     Args:
         values: (B, C, H, W) float.
         place: (4,) integers: row and column of `values[..., 0, 0]` in the whole, and the whole's rows and columns.
-            A tensor, so that a compiled model is not compiled again for every place. None: `values` are the whole.
+            A tensor, so a compiled model is not compiled again for every place. None: `values` are the whole.
     Returns:
         (B, C, 2H, 2W), dtype of `values`.
     """

@@ -1,4 +1,4 @@
-"""Published reference checkpoint -> UPLiFTModel: names and shapes checked one by one."""
+"""Conversion of published checkpoints to UPLiFTModel, with strict names and shapes."""
 
 import os
 import re
@@ -28,16 +28,16 @@ CONFIGS: dict[str, dict] = {
     "dinov2-s14": {**_DINO, "latent_space": "dinov2-s14", "spatial_factor": 14},
     "dinov3-splus16": {**_DINO, "latent_space": "dinov3-splus16", "spatial_factor": 16},
 }
-"""Constructor arguments of the published networks, by the name that `from_single_file` takes as `config`."""
+"""Constructor arguments of the published networks, by their name in `from_single_file(config=...)`."""
 
 
 class Published(NamedTuple):
     """
-    A repository of the paper's authors.
+    A repository published by the authors of the paper.
 
     Args:
-        filename: of the weights in it.
-        config: the network's name in `CONFIGS`.
+        filename: name of the weights file.
+        config: name of the network in `CONFIGS`.
     """
 
     filename: str
@@ -49,7 +49,7 @@ PUBLISHED = {
     "UPLiFT-upsampler/uplift_dinov2-s14": Published("uplift_dinov2-s14.safetensors", "dinov2-s14"),
     "UPLiFT-upsampler/uplift_dinov3-splus16": Published("uplift_dinov3-splus16.safetensors", "dinov3-splus16"),
 }
-"""Published checkpoints by their repository on the hub."""
+"""Published checkpoints by repository on the hub."""
 
 _BLOCKS = (
     (r"encoder\.block_(\d+)\.blocks\.(\d+)\.conv", r"encoder.blocks.\1.layers.\2"),
@@ -66,10 +66,10 @@ _LAYERS = (
 
 def config_from_filename(path: str | os.PathLike) -> str:
     """
-    The name in `CONFIGS` of the network that the authors published under a file's name.
+    The name in `CONFIGS` of the network published under this file name.
 
     Raises:
-        ValueError: no such name.
+        ValueError: no network was published under this name.
     """
     for published in PUBLISHED.values():
         if Path(path).name == published.filename:
@@ -85,8 +85,8 @@ def load_safetensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     Read a safetensors file.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not safetensors (pickle checkpoints are never opened), or damaged.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not safetensors (pickle checkpoints are never opened), or is damaged.
     """
     path = Path(path)
     if not path.is_file():
@@ -100,7 +100,7 @@ def load_safetensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(
-            f"`{path}` is not a whole safetensors file ({error}). "
+            f"`{path}` is not a complete safetensors file ({error}). "
             "Download it again; `force_download=True` replaces a file in the hub's cache."
         ) from error
 
@@ -110,11 +110,10 @@ def convert_state_dict(reference: dict[str, torch.Tensor]) -> dict[str, torch.Te
     Rename the published parameters to ours.
 
     A block of the reference is one sequence: convolution, norm and ReLU for each 3x3 convolution, so entries 0, 1, 3,
-    4, ..., then the 1x1 convolution, which is the last entry and the only one with a bias at a position of a
-    convolution.
+    4, ..., then the 1x1 convolution, which is the last entry and the only convolution with a bias.
 
     Raises:
-        ValueError: a name that no published checkpoint has.
+        ValueError: a name occurs in no published checkpoint.
     """
     return {_convert_name(name, reference): tensor for name, tensor in reference.items()}
 
@@ -137,7 +136,7 @@ def _convert_name(name: str, reference: dict[str, torch.Tensor]) -> str:
 
 
 def check_state_dict(converted: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Raise ValueError, naming the first differences, unless names and shapes are exactly `expected`."""
+    """Raise ValueError unless names and shapes are exactly `expected`; the message names the first differences."""
     shapes = {name: tuple(tensor.shape) for name, tensor in converted.items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     problems = [f"no {name}" for name in wanted if name not in shapes]

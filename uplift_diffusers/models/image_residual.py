@@ -1,4 +1,4 @@
-"""What the image says, linearly, of the latents of an image two, four or eight times as large."""
+"""A linear estimate, from the image's pixels, of the latents of an image two, four or eight times as large."""
 
 from typing import Any
 
@@ -11,16 +11,16 @@ from uplift_diffusers.scale import size_of
 
 class ImageResidual(nn.Module):
     """
-    Pixels and what a stem makes of them -> an estimate of the latents after a 2x step.
+    Pixels and the stem's features -> an estimate of the latents after a 2x step.
 
-    A latent after step k stands for f / 2**k pixels of the image on each side, for a spatial factor f. One linear
-    convolution for each k reads those and one pixel around them. Steps that go beyond single pixels read the
-    convolution of the last k from bilinearly enlarged pixels.
+    With a spatial factor f, a latent after step k covers f / 2**k pixels of the image along each axis. One linear
+    convolution per k reads these pixels and one pixel around them. When a latent covers less than one pixel, the
+    last convolution reads bilinearly upsampled pixels.
 
     Args:
         latent_channels: channels of the latents.
         spatial_factor: image pixels per latent position, a power of two of at least 2.
-        pixel_channels: channels of the pixels.
+        pixel_channels: channels of the pixels and the stem's features.
     """
 
     margin_px = 1
@@ -44,13 +44,13 @@ class ImageResidual(nn.Module):
 
     def forward(self, pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """(B, pixel_channels, H, W) -> (B, C, *size), the estimate on a grid of the size of a step's output."""
-        # In full precision under autocast too: the brightness of the picture goes through here.
+        # In full precision under autocast too, because the image's brightness passes through here.
         with torch.autocast(pixels.device.type, enabled=False):
             pixels, conv = self._reading(pixels, size)
             return conv(pixels.to(conv.weight.dtype))
 
     def _reading(self, pixels: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, nn.Conv2d]:
-        """The convolution for outputs of `size`, and what it reads."""
+        """The convolution for outputs of `size`, and its input."""
         if size[0] > pixels.shape[2]:
             pixels = F.interpolate(pixels, size=size, mode="bilinear")
         conv: Any = self.convs[f"{pixels.shape[2] // size[0]}px"]
@@ -68,12 +68,12 @@ class ImageResidual(nn.Module):
         for pixels, latents in pairs:
             pixels, conv = self._reading(pixels, size_of(latents))
             padded = F.pad(pixels, (self.margin_px,) * 4, mode="replicate")
-            # In double precision, which not every accelerator has.
+            # In double precision, which not every accelerator supports.
             features = F.unfold(padded.cpu().double(), conv.kernel_size, stride=conv.stride)
             features = torch.cat([features, torch.ones_like(features[:, :1])], dim=1).transpose(1, 2).flatten(0, 1)
             rows = rows + features.T @ features
             cross = cross + features.T @ latents.cpu().double().flatten(2).transpose(1, 2).flatten(0, 1)
-        # A trace of ridge: in flat pictures neighbouring pixels say the same.
+        # A small ridge term: in flat images, neighbouring pixels are collinear.
         ridge = 1e-5 * rows.diagonal().mean() * torch.eye(len(rows), dtype=rows.dtype)
         solution = torch.linalg.solve(rows + ridge, cross).float()  # (patch + 1, C)
         conv.load_state_dict({"weight": solution[:-1].T.reshape(conv.weight.shape), "bias": solution[-1]})

@@ -1,4 +1,4 @@
-"""Bilinear interpolation of latents: the baseline that an upsampler has to beat."""
+"""Bilinear interpolation of latents: the baseline for upsamplers."""
 
 import torch
 import torch.nn.functional as F

@@ -37,9 +37,9 @@ def local_attention(logits: torch.Tensor, values: torch.Tensor, neighborhood: in
     """
     Pool `values` over a fixed neighbourhood with softmax weights: the Local Attender without its 1x1 convolution.
 
-    The positions of `logits` form c x c cells, one for each value token. Every position of a cell is the weighted mean
-    of the n values around the cell's token; beyond the border the nearest value stands in. Time is O(nT) for T output
-    positions. Beside the output, memory holds the n weights of each position and one product at a time.
+    The positions of `logits` form c x c cells, one per value token. Every position of a cell is the weighted mean
+    of the n values around the cell's token; the border is replicated. Time is O(nT) for T output
+    positions. Apart from the output, memory holds the n weights of each position and one product at a time.
 
     Args:
         logits: (B, n, cH, cW) float, c >= 1 an integer.
@@ -84,8 +84,8 @@ class LocalAttender(nn.Module):
         guide_channels: channels of the guide.
         neighborhood: number of values that are pooled, see `neighborhood_offsets`.
         residual: add the guide to the logits, as every block of the published checkpoints adds its input. Otherwise
-            the guide is normalised before the convolution, which starts at zero: flat weights, from which attention
-            can be learnt. A large guide that is added saturates the softmax.
+            the guide is normalised before the convolution, which is initialised to zero, so training starts from
+            uniform weights. (With the residual, a guide of large values saturates the softmax.)
     Source: Walmer et al. 2026, section 3.2.
     """
 
@@ -103,7 +103,7 @@ class LocalAttender(nn.Module):
         return max(abs(dy) for dy, _ in neighborhood_offsets(self.neighborhood))
 
     def logits(self, guide: torch.Tensor) -> torch.Tensor:
-        """(B, G, H, W) -> (B, n, H, W), the logarithms of the weights before they are normalised."""
+        """(B, G, H, W) -> (B, n, H, W), the logits of the weights."""
         if self.norm is not None:
             return self.conv(self.norm(guide))
         return add_shared_channels(self.conv(guide), guide)

@@ -1,4 +1,4 @@
-"""UPLiFT: an encoder that runs once, one weight-shared 2x decoder applied step after step, the Local Attender."""
+"""UPLiFT: an encoder that runs once, one weight-shared 2x decoder applied at every step, and the Local Attender."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -48,7 +48,7 @@ class UPLiFTOutput(BaseOutput):
     """
     Args:
         sample (`torch.Tensor`): (B, C, h * 2**num_steps, w * 2**num_steps), raw latents.
-        steps (`list[torch.Tensor]`, *optional*): the result of every 2x step; the last one is `sample`.
+        steps (`list[torch.Tensor]`, *optional*): the output of every 2x step; the last one is `sample`.
     """
 
     sample: torch.Tensor
@@ -60,9 +60,9 @@ class StepNoise(NamedTuple):
     The noise of one 2x step from (h, w) to (2h, 2w), in the order in which it is drawn.
 
     Args:
-        coarse: (B, noise_channels, h, w), of the decoder before the 2x.
-        fine: (B, noise_channels, 2h, 2w), of the decoder after it.
-        refiner: (B, noise_channels, 2h, 2w), of the refiner; None without one.
+        coarse: (B, noise_channels, h, w), for the decoder before its upsampling.
+        fine: (B, noise_channels, 2h, 2w), for the decoder after its upsampling.
+        refiner: (B, noise_channels, 2h, 2w), for the refiner; None without one.
     """
 
     coarse: torch.Tensor
@@ -72,12 +72,12 @@ class StepNoise(NamedTuple):
 
 class GuideMaps(NamedTuple):
     """
-    What the encoder makes of the image.
+    The output of the encoder.
 
     Args:
-        before_last: (B, G, H, W), its map before the last.
-        last: (B, G', H, W), its last map.
-        pixels: (B, P, h * spatial_factor, w * spatial_factor), the image in [-1, 1] and what the stem makes of it;
+        before_last: (B, G, H, W), the second-to-last feature map.
+        last: (B, G', H, W), the last feature map.
+        pixels: (B, P, h * spatial_factor, w * spatial_factor), the image in [-1, 1] and the stem's features;
             None without an `ImageResidual`.
     """
 
@@ -91,10 +91,10 @@ class StepGuide(NamedTuple):
     The guide of one 2x step from (h, w) to (2h, 2w).
 
     Args:
-        coarse: (B, G', h, w), of the decoder before the 2x.
-        fine: (B, G, 2h, 2w), of the decoder after it.
-        refiner: (B, G', 2h, 2w), of the refiner.
-        estimate: (B, C, 2h, 2w), what the image says linearly of the step's result; None without an `ImageResidual`.
+        coarse: (B, G', h, w), for the decoder before its upsampling.
+        fine: (B, G, 2h, 2w), for the decoder after its upsampling.
+        refiner: (B, G', 2h, 2w), for the refiner.
+        estimate: (B, C, 2h, 2w), the linear estimate of the step's result; None without an `ImageResidual`.
     """
 
     coarse: torch.Tensor
@@ -108,8 +108,8 @@ class UPLiFTEncoder(nn.Module):
     Image -> the last two guide maps, at the image's resolution divided by `patch_size`.
 
     Args:
-        in_channels: of the image.
-        stem_channels: of what a stem made of the image, which is the input then; None without a stem.
+        in_channels: channels of the image.
+        stem_channels: channels of the stem's features, which are then the input; None without a stem.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class UPLiFTEncoder(nn.Module):
         return self.patch_size * total_reach(self.blocks)
 
     def forward(self, image: torch.Tensor, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, C, H, W) -> the map before the last and the last one, every `stride`-th position of each."""
+        """(B, C, H, W) -> the second-to-last and the last map, every `stride`-th position of each."""
         hidden = self.patches(image).contiguous(memory_format=torch.channels_last)
         for block in self.blocks[:-1]:
             hidden = block(hidden)
@@ -150,7 +150,7 @@ class UPLiFTEncoder(nn.Module):
 
 
 class UPLiFTDecoder(nn.Module):
-    """One 2x step on features: blocks, transposed convolution beside bilinear interpolation, blocks."""
+    """One 2x step on features: blocks, transposed convolution plus bilinear interpolation, blocks."""
 
     def __init__(
         self,
@@ -185,7 +185,7 @@ class UPLiFTDecoder(nn.Module):
         (B, C, h, w) and guides and noise at (h, w) and (2h, 2w) -> (B, channels, 2h, 2w).
 
         Args:
-            place: of the latents in the whole picture, see `interpolate_2x`; None if they are the whole.
+            place: position of the latents in the whole image, see `interpolate_2x`; None if they are the whole.
         """
         hidden = self.coarse(_concatenate(latents, coarse_guide, coarse_noise))
         hidden = self.upsample(hidden) + interpolate_2x(hidden, place)
@@ -242,35 +242,34 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
     Args:
         latent_channels (`int`): channels of the latents.
         spatial_factor (`int`): image pixels per latent position, along each axis.
-        latent_space (`str`): name of the latents this model was trained for; pipelines refuse other ones.
+        latent_space (`str`): name of the latent space this model was trained for; pipelines reject any other.
         encoder_block_out_channels (`tuple[int, ...]`): widths of the encoder's groups, at least two.
         encoder_layers_per_block (`int`): blocks in each group.
-        encoder_patch_size (`int`): the encoder works on `encoder_patch_size`-pixel patches (1: on pixels).
+        encoder_patch_size (`int`): edge in pixels of the patches that the encoder works on (1: on pixels).
         encoder_stem_channels (`int`): width of the stem.
-        encoder_stem_layers (`int`): blocks of a stem at every pixel, before the patches are formed; 0 leaves it out.
-        encoder_spatial_factor (`int`, *optional*): image pixels per latent position that the encoder sees; where it
-            differs from `spatial_factor` the image is resized first (16 for backbones of patch 14).
+        encoder_stem_layers (`int`): blocks of a stem at every pixel, before the patches are formed; 0 for no stem.
+        encoder_spatial_factor (`int`, *optional*): image pixels per latent position in the encoder's input; if it
+            differs from `spatial_factor`, the image is resized first (16 for backbones with patch size 14).
         image_normalization (`str`): `"none"` (the encoder sees [0, 1]) or `"imagenet"`.
         decoder_channels (`int`): width of the decoder and of its guide features.
-        decoder_layers (`tuple[int, int]`): blocks of the decoder before and after the 2x.
-        neighborhood (`int`, *optional*): offsets of the Local Attender: 5, 9, 13, 17 or 25; None replaces it by a 1x1
-            convolution from the decoder's features.
+        decoder_layers (`tuple[int, int]`): blocks of the decoder before and after its upsampling.
+        neighborhood (`int`, *optional*): offsets of the Local Attender: 5, 9, 13, 17 or 25; None replaces it with a
+            1x1 convolution of the decoder's features.
         attender_residual (`bool`): add the decoder's features to the Local Attender's logits, as the published
             checkpoints do; see `LocalAttender`.
         refiner_channels (`int`): width of the refiner.
-        refiner_layers (`int`): blocks of the refiner; 0 leaves it out.
+        refiner_layers (`int`): blocks of the refiner; 0 for no refiner.
         refiner_residual (`bool`): add the attended latents to the refiner's output.
-        denoise_channel (`bool`): the encoder sees a number beside the image, how much of its compression and noise is
-            to be taken away.
-        image_residual (`bool`): add an estimate that is linear in the image's pixels and the stem's output to the
-            refiner's output, and let the refiner see it; see `ImageResidual`.
-        noise_channels (`int`): channels of standard normal noise concatenated at each of the step's three inputs.
+        denoise_channel (`bool`): the encoder has an additional input channel, the strength of the denoising.
+        image_residual (`bool`): add a linear estimate from the image's pixels and the stem's features to the
+            refiner's output, and to its input; see `ImageResidual`.
+        noise_channels (`int`): channels of standard normal noise concatenated to each of the step's three inputs.
         encoder_convs_per_block (`int`): 3x3 convolutions in a block of the encoder.
         decoder_convs_per_block (`int`): 3x3 convolutions in a block of the decoder and the refiner.
-        norm_type (`str`): `"layer_norm"` (over channels), `"batch_norm"`, or `"bias"`: none, a bias in its place.
-        reencode_image (`bool`): encode the image again at every step, magnified bilinearly, as LiFT does.
+        norm_type (`str`): `"layer_norm"` (over channels), `"batch_norm"`, or `"bias"` (a bias instead of a norm).
+        reencode_image (`bool`): encode the bilinearly upsampled image again at every step, as LiFT does.
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of range.
     Source: Walmer et al. 2026, section 3; LiFT: Suri et al. 2024.
     """
 
@@ -367,18 +366,18 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "UPLiFTModel":
         """
-        Load a model as `ModelMixin.from_pretrained` does, or a repository that the paper's authors published.
+        Load a model like `ModelMixin.from_pretrained`, or from a repository published by the authors of the paper.
 
-        Those hold no `config.json`; `conversion.PUBLISHED` has their names.
+        The latter have no `config.json`; they are listed in `conversion.PUBLISHED`.
 
         Args:
             pretrained_model_name_or_path: a folder or a repository's "owner/name".
-            kwargs: those of `ModelMixin.from_pretrained`. Published repositories take `dtype` (or `torch_dtype`),
+            kwargs: those of `ModelMixin.from_pretrained`. For published repositories: `dtype` (or `torch_dtype`),
                 `revision`, `cache_dir`, `token`, `local_files_only` and `force_download`.
         Returns:
             The model, in evaluation mode.
         Raises:
-            TypeError: an option that a published repository does not take.
+            TypeError: an option is not supported for a published repository.
             OSError, ValueError: as `ModelMixin.from_pretrained` and `huggingface_hub.hf_hub_download`.
         """
         published = PUBLISHED.get(str(pretrained_model_name_or_path))
@@ -405,22 +404,22 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         variant: str | None = None,
     ) -> "UPLiFTModel":
         """
-        Load a checkpoint that the authors of the paper published. Every name and shape has to fit.
+        Load a checkpoint published by the authors of the paper. All names and shapes have to match.
 
         Args:
             path: a .safetensors file.
-            config: "sd15-vae", "dinov2-s14" or "dinov3-splus16", the networks that were published; or constructor
-                arguments; or a folder or repository with a `config.json`. By default what the file is called, if it
-                has the name that the authors gave it.
-            dtype: of the weights.
-            variant: refused; version 0.1 took here what is `config` now.
+            config: "sd15-vae", "dinov2-s14" or "dinov3-splus16", the published networks; or constructor
+                arguments; or a folder or repository with a `config.json`. By default derived from the file name, if
+                it is the published one.
+            dtype: dtype of the weights.
+            variant: not supported; version 0.1 used this name for `config`.
         Returns:
             The model, in evaluation mode.
         Raises:
             TypeError: `dtype` is not a floating-point `torch.dtype`.
-            ValueError: no `config` where the name says nothing, not safetensors, damaged, or another network's
-                weights.
-            FileNotFoundError: no such file.
+            ValueError: `config` is missing and the file name is unknown; or the file is not safetensors, is damaged,
+                or has another network's weights.
+            FileNotFoundError: there is no such file.
         """
         dtype = _read_dtype(dtype)
         if variant is not None:
@@ -461,11 +460,11 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
             image: (B, 3, h * spatial_factor, w * spatial_factor) float in [0, 1].
             num_steps: number of 2x steps, >= 1.
             generator: one generator, or one for each item of the batch, which makes an item's result independent of
-                the batch around it. Noise is drawn in float32 on the generator's device.
-            noise: of every step, in place of drawing it from `generator`; see `draw_noise`.
-            denoise: from 0, nothing, to 1: how much of the image's compression and noise is to be taken away, one
+                the rest of the batch. Noise is drawn in float32 on the generator's device.
+            noise: the noise of every step, instead of drawing it from `generator`; see `draw_noise`.
+            denoise: from 0 (none) to 1: how much of the image's compression artefacts and noise to remove, one
                 number or (B,); for a model with `denoise_channel`.
-            return_steps: also return the result of every step.
+            return_steps: also return the output of every step.
             return_dict: return a [`UPLiFTOutput`] instead of a tuple.
         Returns:
             (B, C, h * 2**num_steps, w * 2**num_steps), dtype and device of `raw_latents`.
@@ -499,9 +498,8 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
 
         Args:
             image: (B, 3, h * spatial_factor, w * spatial_factor) in [0, 1].
-            step: the first step that uses them, counted from 0; where the image is encoded again for every step, the
-                only one.
-            num_steps: number of 2x steps in all.
+            step: the first step that uses them, counted from 0; with `reencode_image`, the only one.
+            num_steps: total number of 2x steps.
             denoise: as for `forward`.
         """
         config = self.config
@@ -527,7 +525,7 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         return GuideMaps(before_last, last, _concatenate(*pixels) if self.estimator is not None else None)
 
     def guide(self, maps: GuideMaps, size: tuple[int, int]) -> StepGuide:
-        """The guide of the step whose input is `size` (h, w) positions, by nearest neighbour."""
+        """The guide of the step with an input of `size` (h, w), by nearest neighbour."""
         doubled = (2 * size[0], 2 * size[1])
         return StepGuide(
             coarse=resample_nearest(maps.last, size),
@@ -543,7 +541,7 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         One 2x step: (B, C, h, w) -> (B, C, 2h, 2w).
 
         Args:
-            place: of the latents in the whole picture, see `interpolate_2x`; None if they are the whole.
+            place: position of the latents in the whole image, see `interpolate_2x`; None if they are the whole.
         """
         features = self.decoder(latents, guide.coarse, guide.fine, noise.coarse, noise.fine, place=place)
         output = self.attender(features, latents) if self.attender is not None else self.proj_out(features)
@@ -553,16 +551,16 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
 
     def step_reach(self, output_reach: int) -> int:
         """
-        Positions to each side of a window that a step has to see so that its output is exact `output_reach` positions
-        beyond the window: with c 3x3 convolutions in the decoder before the 2x, f after it and r in the refiner,
-        c + 1 + floor((r + f + output_reach) / 2). The one is the bilinear interpolation's. The Local Attender never
-        needs more: its radius of at most 2 is within c + 1.
+        Number of input positions to each side of a window that a step needs for an output that is exact up to
+        `output_reach` positions beyond the window: with c 3x3 convolutions in the decoder before its upsampling, f
+        after it and r in the refiner, c + 1 + floor((r + f + output_reach) / 2). The 1 is for the bilinear
+        interpolation. The Local Attender, with a radius of at most 2, never needs more than c + 1.
         """
         refiner_reach = self.refiner.blocks.reach if self.refiner is not None else 0
         return self.decoder.coarse.reach + 1 + (refiner_reach + self.decoder.fine.reach + output_reach) // 2
 
     def guide_reach(self, step: int) -> int:
-        """Latents of the model's input to each side whose pixels a guide of step `step`, from 0, depends on."""
+        """Number of input latents to each side whose pixels the guide of step `step`, from 0, depends on."""
         config = self.config
         magnification = 2**step if config.reencode_image else 1
         factor = config.encoder_spatial_factor or config.spatial_factor
@@ -575,7 +573,7 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         return -(-reach_px // factor)
 
     def draw_noise(self, raw_latents: torch.Tensor, num_steps: int, generator: Generator) -> Iterator[StepNoise]:
-        """The noise of one step after the other for `raw_latents` (B, C, h, w), in their dtype and on their device."""
+        """The noise of each step in turn for `raw_latents` (B, C, h, w), in their dtype and on their device."""
         batch, _, height, width = raw_latents.shape
 
         def draw(factor: int) -> torch.Tensor:
@@ -595,7 +593,7 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
     def check_inputs(
         self, raw_latents: torch.Tensor, image: torch.Tensor, num_steps: int, generator: Generator
     ) -> int:
-        """`num_steps` as an int. Raise TypeError or ValueError unless the arguments of `forward` fit each other."""
+        """`num_steps` as an int. Raise TypeError or ValueError unless the arguments of `forward` match."""
         channels, factor = self.config.latent_channels, self.config.spatial_factor
         num_steps = read_whole_number("num_steps", num_steps)
         if raw_latents.ndim != 4 or raw_latents.shape[1] != channels:
@@ -605,7 +603,7 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
         if tuple(image.shape) != expected:
             raise ValueError(
                 f"`image` must be {expected} for `raw_latents` of {tuple(raw_latents.shape)}, "
-                f"got {tuple(image.shape)}. One latent position stands for {factor} x {factor} pixels."
+                f"got {tuple(image.shape)}. One latent position covers {factor} x {factor} pixels."
             )
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(f"`generator` must have one entry for each of the {batch} items, got {len(generator)}.")
@@ -616,12 +614,12 @@ def network_input(
     image: torch.Tensor, normalization: str, denoise: torch.Tensor | float | None = None
 ) -> torch.Tensor:
     """
-    An image as the first layer sees it.
+    The input of the first layer.
 
     Args:
         image: (B, 3, H, W) in [0, 1].
-        normalization: one of `IMAGE_NORMALIZATIONS`, whose mean and deviation are applied.
-        denoise: a number or (B,), which becomes a fourth channel; None for none.
+        normalization: one of `IMAGE_NORMALIZATIONS`.
+        denoise: a number or (B,), which becomes a fourth channel; None for no such channel.
     Returns:
         (B, 3, H, W) or (B, 4, H, W).
     """
@@ -662,7 +660,7 @@ def _check_config(**config) -> None:
             raise ValueError(f"`{name}` must be at least 0, got {config[name]}.")
     if len(config["encoder_block_out_channels"]) < 2:
         raise ValueError(
-            "`encoder_block_out_channels` must have at least two entries, for the decoder uses the last two maps, "
+            "`encoder_block_out_channels` must have at least two entries, because the decoder uses the last two maps, "
             f"got {config['encoder_block_out_channels']}."
         )
     if len(config["decoder_layers"]) != 2 or min(config["decoder_layers"]) < 1:

@@ -31,21 +31,21 @@ from uplift_diffusers.scale import read_scale, scaled_size, size_of
 
 class CFMLatentUpscalePipeline(DiffusionPipeline):
     r"""
-    Upscales by Coupling Flow Matching: the image is enlarged in pixels and encoded, its latents are noised, and a
-    U-Net carries them to those of a sharp image, one Euler step after another.
+    Upscales by Coupling Flow Matching: the image is upsampled in pixels and encoded, noise is added to its latents,
+    and a U-Net transports them to the latents of a sharp image in Euler steps.
 
-    The U-Net's attention sees the whole picture, so there are no tiles: memory grows with the square of the picture's
-    area, as far as attention goes.
+    There is no tiling, because the U-Net's attention covers the whole image; the attention's memory grows with the
+    square of the image's area.
 
     Args:
         vae ([`AutoencoderKL`], [`AutoencoderTiny`], [`AutoencoderDC`] or [`AutoencoderLocal`]): encodes and decodes.
         unet ([`UNet2DModel`]): trained for the VAE's latents by `train_latent.py --method cfm`.
-        scheduler ([`FlowMatchEulerDiscreteScheduler`]): with `invert_sigmas=True`, so that it goes from 0 to 1.
-        latent_space (`str`, *optional*): declares which latent space the VAE's latents belong to, where its config
-            does not say (see [`LatentSpace`]).
+        scheduler ([`FlowMatchEulerDiscreteScheduler`]): with `invert_sigmas=True`, so time goes from 0 to 1.
+        latent_space (`str`, *optional*): which latent space the VAE's latents belong to, if its config
+            does not determine it (see [`LatentSpace`]).
     Raises:
-        TypeError: a VAE of another kind.
-        ValueError: `unet` was trained for other latents than those of `vae`, or `scheduler` goes the other way.
+        TypeError: `vae` is of another class.
+        ValueError: `unet` was not trained for the latents of `vae`, or `scheduler` goes the other way.
     Source: Schusterbauer et al. 2024 (arXiv 2312.07360).
 
     Example:
@@ -84,7 +84,7 @@ class CFMLatentUpscalePipeline(DiffusionPipeline):
 
     @property
     def latent_space(self) -> LatentSpace:
-        """The latent space of the VAE that the pipeline has now."""
+        """The latent space of the pipeline's current VAE."""
         return LatentSpace.of(self.vae, self.config.latent_space)
 
     @torch.no_grad()
@@ -102,19 +102,19 @@ class CFMLatentUpscalePipeline(DiffusionPipeline):
         Upscale images or latents.
 
         Args:
-            image (*optional*): PIL, array or tensor, or a list of one size; of any width and height.
+            image (*optional*): PIL, array or tensor, or a list of images of one size; of any width and height.
             latents (`torch.Tensor`, *optional*): (B, C, h, w), scaled, as diffusers' pipelines return them with
-                `output_type="latent"`, in place of `image`; they are decoded to it.
-            scale (`float`): from 1 to 16; the network knows the ones that it was trained for.
+                `output_type="latent"`, instead of `image`, which is then decoded from them.
+            scale (`float`): from 1 to 16; the network works best at the scales it was trained for.
             num_inference_steps (`int`): Euler steps, each one run of the U-Net.
             generator: one, or one for each item, which makes an item's result the same alone and in a batch.
             output_type (`str`): `"pil"`; `"np"`, float32 (B, H, W, 3) in [0, 1]; `"pt"`, float32 (B, 3, H, W) in
-                [0, 1]; or `"latent"`, the large latents, scaled, in the dtype of `latents` or else of the VAE.
+                [0, 1]; or `"latent"`, the large latents, scaled, in the dtype of `latents`, else of the VAE.
             return_dict (`bool`): return an [`ImagePipelineOutput`] instead of a tuple.
         Returns:
             `.images`, of round(scale * height) by round(scale * width) pixels, or latents.
         Raises:
-            TypeError, ValueError: an argument that is not as above, before any work is done.
+            TypeError, ValueError: an argument is invalid; raised before any work is done.
         """
         # 1. Check inputs
         codec, device = LatentCodec(self.vae, self.config.latent_space), self._execution_device
@@ -125,7 +125,7 @@ class CFMLatentUpscalePipeline(DiffusionPipeline):
         size = self._check_inputs(small, latents, scale, num_inference_steps, generator, output_type)
         dtype = self.vae.dtype if latents is None else latents.dtype
 
-        # 2. Enlarge in pixels and encode: the context
+        # 2. Upsample in pixels and encode: the context
         if small is None:
             assert latents is not None
             small = codec.decode(space.denormalize(latents.to(device, torch.float32)))
@@ -133,7 +133,7 @@ class CFMLatentUpscalePipeline(DiffusionPipeline):
         enlarged = pad_to_multiple(enlarged, space.spatial_factor * latent_multiple(self.unet))
         context = space.normalize(codec.encode(enlarged).float())  # (B, C, H / f, W / f)
 
-        # 3. Noise it and follow the flow
+        # 3. Add noise and follow the flow
         noise = randn_tensor(context.shape, generator=generator, device=device, dtype=torch.float32)
         sample = noise_context(context, noise)
         with self.progress_bar(total=num_inference_steps) as progress:
@@ -167,7 +167,7 @@ class CFMLatentUpscalePipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         output_type: str,
     ) -> tuple[int, int]:
-        """(height, width) in pixels of what is asked for."""
+        """(height, width) of the output in pixels."""
         space = self.latent_space
         scale = read_scale(scale)
         read_whole_number("num_inference_steps", num_inference_steps)
@@ -185,7 +185,7 @@ class CFMLatentUpscalePipeline(DiffusionPipeline):
         size = scaled_size(size, scale)
         if output_type == "latent" and any(length % space.spatial_factor for length in size):
             raise ValueError(
-                f"`scale` must lead to a height and width that are multiples of {space.spatial_factor} where latents "
-                f"are asked for, got {scale}, which leads to {size}. Ask for an image."
+                f"`scale` must lead to a height and width that are multiples of {space.spatial_factor} for latents, "
+                f"got {scale}, which leads to {size}. Request an image instead."
             )
         return size

@@ -1,4 +1,4 @@
-"""What surrounds the denoising of a text-to-image pipeline that upscales: checks before it, refinement after it."""
+"""Shared parts of the upscaling text-to-image pipelines: checks before denoising, refinement after it."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from uplift_diffusers.scale import size_of
 def count_images(
     prompt: str | list[str] | None, prompt_embeds: torch.Tensor | None, num_images_per_prompt: int | None
 ) -> int:
-    """The number of images that a call makes."""
+    """The number of images that a call generates."""
     if isinstance(prompt, list):
         count = len(prompt)
     else:
@@ -33,10 +33,10 @@ def resolve_size(
     spatial_factor: int,
 ) -> tuple[int, int]:
     """
-    (height, width) in pixels of the image to denoise: as given, else that of `latents`, else the U-Net's own.
+    (height, width) in pixels of the image to denoise: as given, else that of `latents`, else the U-Net's.
 
     Raises:
-        TypeError, ValueError: a size that is no positive multiple of `spatial_factor`.
+        TypeError, ValueError: a size is not a positive multiple of `spatial_factor`.
     """
     sample_size = unet.config["sample_size"]
     positions = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
@@ -66,13 +66,13 @@ def check_tensors(
     **prompt_embeds: torch.Tensor | None,
 ) -> None:
     """
-    Check the shapes of what replaces noise and prompts.
+    Check the shapes of latents and prompt embeddings.
 
     Args:
         count: number of images of the call.
         size: (height, width) in pixels.
         latents: as passed to the pipeline.
-        prompt_embeds: the pipeline's arguments of embedded prompts, by name.
+        prompt_embeds: the pipeline's prompt embedding arguments, by name.
     Raises:
         TypeError, ValueError: `latents` are not (count, channels, h, w), embeds not (prompts, tokens, features).
     """
@@ -98,8 +98,8 @@ def check_refine_strength(refine_strength: float, *, num_inference_steps: int, c
     Check the strength of the refinement.
 
     Raises:
-        TypeError, ValueError: not from 0 to 1, too small for a single step, or the latents do not have the four
-            channels by which diffusers' image-to-image pipelines tell latents from images.
+        TypeError, ValueError: the strength is not from 0 to 1 or too small for a single step, or the latents do not
+            have the four channels by which diffusers' image-to-image pipelines distinguish latents from images.
     """
     read_number("refine_strength", refine_strength, minimum=0, maximum=1)
     # Image-to-image runs the last int(num_inference_steps * strength) steps of the schedule.
@@ -123,12 +123,12 @@ def refine(
     **conditioning,
 ) -> torch.Tensor:
     """
-    Noise upscaled latents and denoise them by the last part of the schedule: the "hires fix".
+    Add noise to upscaled latents and denoise them with the last part of the schedule: the "hires fix".
 
     Args:
         latents: (B, 4, h, w), scaled.
-        pipeline: the text-to-image pipeline, whose progress bar is used, and whose `interrupt` is heard and set.
-        refiner: diffusers' image-to-image pipeline of the same components.
+        pipeline: the text-to-image pipeline; its progress bar is used, and its `interrupt` is read and set.
+        refiner: diffusers' image-to-image pipeline with the same components.
         strength: share of the schedule.
         callback_on_step_end: called with `refiner` as its pipeline.
         conditioning: the other arguments of `refiner`.
@@ -150,7 +150,7 @@ def refine(
 
 
 def _share_interruption(callback: Callable, pipeline: DiffusionPipeline) -> Callable:
-    """`callback`, after which an interruption of `pipeline` or of the refiner is one of both."""
+    """`callback`, followed by synchronising the interruption of `pipeline` and of the refiner."""
 
     def called(refiner: DiffusionPipeline, step: int, timestep: int, tensors: dict) -> dict:
         result = callback(refiner, step, timestep, tensors)
@@ -161,7 +161,7 @@ def _share_interruption(callback: Callable, pipeline: DiffusionPipeline) -> Call
 
 
 def _check_shape(name: str, tensor: torch.Tensor | None, expected: tuple[int | None, ...], *, reason: str) -> None:
-    """Raise unless `tensor` is None or has the shape `expected`, where None fits any size."""
+    """Raise unless `tensor` is None or has the shape `expected`, in which None matches any size."""
     if tensor is None:
         return
     if not isinstance(tensor, torch.Tensor):

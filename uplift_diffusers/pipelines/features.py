@@ -1,4 +1,4 @@
-"""UPLiFTFeaturePipeline: an image in, the features of a vision transformer at pixel density out."""
+"""UPLiFTFeaturePipeline: an image in, the features of a vision transformer at pixel resolution out."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,14 +29,14 @@ OUTPUT_TYPES = ("pt", "np", "pil")
 @dataclass
 class UPLiFTFeatureOutput(BaseOutput):
     """
-    What [`UPLiFTFeaturePipeline`] makes of images.
+    Output of [`UPLiFTFeaturePipeline`].
 
     Args:
-        features: upsampled features, or what `head` makes of them. `"pt"`: (B, C, H, W) tensor in the upsampler's
-            dtype or the head's; `"np"`: (B, H, W, C) float32; `"pil"`: a list of pictures.
-        backbone_features: the backbone's own, in the same layout: `"pt"` (B, C, h, w), `"np"` (B, h, w, C), `"pil"` a
-            list of pictures as large as those of `features`, in the same colours.
-        cls_token: (B, C), or None where the backbone has none; a tensor, or an array with `"np"`.
+        features: upsampled features, or the output of `head`. `"pt"`: (B, C, H, W) tensor in the dtype of the
+            upsampler or the head; `"np"`: (B, H, W, C) float32; `"pil"`: a list of images.
+        backbone_features: the backbone's features, in the same layout: `"pt"` (B, C, h, w), `"np"` (B, h, w, C),
+            `"pil"` a list of images of the same size as `features`, with the same colour mapping.
+        cls_token: (B, C), or None if the backbone has none; a tensor, or an array with `"np"`.
     """
 
     features: torch.Tensor | np.ndarray | list[Image.Image]
@@ -59,12 +59,12 @@ class AffineMap(NamedTuple):
     @classmethod
     def of(cls, head: nn.Module, channels: int) -> "AffineMap":
         """
-        What a probe computes.
+        The function that a probe computes.
 
         Raises:
-            TypeError: not a Linear or 1x1 Conv2d. Only of these is a result exact that is made tile by tile and then
-                resized.
-            ValueError: it takes another number of channels.
+            TypeError: `head` is not a Linear or 1x1 Conv2d. Only with these is the result exact when it is computed
+                tile by tile and then resized.
+            ValueError: `head` takes another number of channels.
         """
         is_spatial = isinstance(head, nn.Conv2d) and (head.kernel_size, head.stride, head.padding, head.groups) != (
             (1, 1),
@@ -90,20 +90,20 @@ class AffineMap(NamedTuple):
 
 class UPLiFTFeaturePipeline(DiffusionPipeline):
     r"""
-    Upsamples the features of a frozen vision transformer to the density of pixels, under the image's guidance.
+    Upsamples the features of a frozen vision transformer to pixel resolution, with the image as guide.
 
     Args:
         backbone ([`~transformers.Dinov2Model`], [`~transformers.Dinov2WithRegistersModel`],
-            [`~transformers.DINOv3ViTModel`] or [`~transformers.TimmWrapperModel`]): makes the features. A Dinov2Model
-            resamples its position embeddings as timm does from then on, see [`FeatureBackbone`].
+            [`~transformers.DINOv3ViTModel`] or [`~transformers.TimmWrapperModel`]): computes the features. A
+            Dinov2Model is modified to resample its position embeddings as timm does, see [`FeatureBackbone`].
         upsampler ([`UPLiFTModel`]): trained for the backbone's features.
-        feature_space (`str`, *optional*): declares which feature space the backbone's features belong to, where its
-            config does not say (see [`FeatureSpace`]).
-        image_normalization (`str`, *optional*): of the backbone's input: `"imagenet"`, `"half"` or `"sat493m"`; the
-            backbone's own by default.
+        feature_space (`str`, *optional*): which feature space the backbone's features belong to, if its
+            config does not determine it (see [`FeatureSpace`]).
+        image_normalization (`str`, *optional*): normalization of the backbone's input: `"imagenet"`, `"half"` or
+            `"sat493m"`; by default that of the backbone.
     Raises:
-        TypeError: a backbone of another kind.
-        ValueError: `upsampler` was trained for other features than those of `backbone`.
+        TypeError: `backbone` is of another class.
+        ValueError: `upsampler` was not trained for the features of `backbone`.
 
     Example:
         ```py
@@ -139,7 +139,7 @@ class UPLiFTFeaturePipeline(DiffusionPipeline):
 
     @property
     def feature_backbone(self) -> FeatureBackbone:
-        """What runs the backbone that the pipeline has now."""
+        """Runs the pipeline's current backbone."""
         return FeatureBackbone(
             self.backbone, self.config.feature_space, image_normalization=self.config.image_normalization
         )
@@ -157,30 +157,30 @@ class UPLiFTFeaturePipeline(DiffusionPipeline):
         callback_on_progress: Callable[[int, int], None] | None = None,
     ) -> UPLiFTFeatureOutput | tuple:
         r"""
-        Compute features at the density of pixels.
+        Compute features at pixel resolution.
 
         Args:
-            image: PIL, array or tensor, or a list of one size; of any size from one patch on. The backbone sees it
-                with each side at the nearest multiple of the patch.
-            output_size: `"pixels"`, the height and width of `image`; a (height, width); or None: what the steps give,
-                `2**num_steps` positions for each of the backbone's. The steps' result is resized to it, bilinear and
+            image: PIL, array or tensor, or a list of images of one size; at least one patch. For the backbone, each
+                side is resized to the nearest multiple of the patch size.
+            output_size: `"pixels"`, the height and width of `image`; a (height, width); or None: the steps' output,
+                `2**num_steps` times the backbone's resolution. Otherwise, that output is resized, bilinear and
                 antialiased.
             num_steps (`int`, *optional*): number of 2x steps, at least 1. By default the fewest that reach
-                `output_size`, at most those that reach the density of pixels: 4 for patches of 14 and 16 pixels.
-            head (`torch.nn.Linear` or 1x1 `torch.nn.Conv2d`, *optional*): a probe that is applied to the features.
-                Where there are tiles it is applied to each of them, so that the features need not lie in memory whole.
-            tile_size (`int`, *optional*): edge in pixels of the tiles of the image, which bounds the memory and does
-                not change the result; `"auto"`, 768, or None, no tiles. The backbone sees the whole image in any case.
-            output_type (`str`): `"pt"`, tensors; `"np"`, arrays with the channels last; `"pil"`, pictures of the first
+                `output_size`, at most those that reach pixel resolution: 4 for patches of 14 and 16 pixels.
+            head (`torch.nn.Linear` or 1x1 `torch.nn.Conv2d`, *optional*): a probe that is applied to the features,
+                tile by tile if there are tiles, to avoid holding all features in memory.
+            tile_size (`int`, *optional*): edge of the tiles in pixels of the image, which bounds memory and does
+                not change the result; `"auto"` is 768, None disables tiling. The backbone always gets the whole image.
+            output_type (`str`): `"pt"`, tensors; `"np"`, arrays with the channels last; `"pil"`, images of the first
                 three principal components, fitted on the backbone's features of all images of the call.
             return_dict (`bool`): return a [`UPLiFTFeatureOutput`] instead of a tuple.
-            callback_on_progress: called with the number of parts of the work that are done and of all parts, after
-                every 2x step of every tile. What it raises ends the call.
+            callback_on_progress: called with the number of parts done and the total, after
+                every 2x step of every tile. An exception raised in it ends the call.
         Returns:
-            The features, those of the backbone, and its CLS token.
+            The upsampled features, those of the backbone, and its CLS token.
         Raises:
-            TypeError, ValueError: an argument that is not as above, before any work is done; or the features are not
-                finite.
+            TypeError, ValueError: an argument is invalid, which is raised before any work is done; or the features are
+                not finite.
         """
         # 1. Check inputs
         backbone, device = self.feature_backbone, self._execution_device
@@ -242,12 +242,13 @@ class UPLiFTFeaturePipeline(DiffusionPipeline):
 
 def principal_components(features: torch.Tensor) -> AffineMap:
     """
-    The map of features to colours: three principal components, the 1st to the 99th percentile of each in [0, 1].
+    An affine map from features to colours: three principal components, scaled from their 1st and 99th percentiles to
+    [0, 1].
 
     Args:
         features: (B, C, h, w) float.
     Returns:
-        A map to 3 channels, float32, on the device of `features`. A component in which all features agree is 0.5.
+        A map to 3 channels, float32, on the device of `features`. A constant component is mapped to 0.5.
     """
     samples = features.movedim(1, -1).flatten(0, -2).cpu().double()  # (B * h * w, C); float64 is not on every device
     mean = samples.mean(dim=0)
@@ -276,7 +277,7 @@ def _upsample(
     tile_size: int | None,
     callback: Callable[[int, int], None] | None,
 ) -> torch.Tensor:
-    """(B, C, h, w) -> (B, C, 2**num_steps * h, 2**num_steps * w), or what `project` makes of it, tile by tile."""
+    """(B, C, h, w) -> (B, C, 2**num_steps * h, 2**num_steps * w), or `project` of it, tile by tile."""
     if num_steps == 0:
         return tokens if project is None else project(tokens)
     size = size_of(tokens)
@@ -307,7 +308,7 @@ def _upsample(
 
 
 def _read_size(output_size: object) -> tuple[int, int] | None:
-    """`output_size` where it is not "pixels", checked."""
+    """Check `output_size` unless it is "pixels"."""
     if output_size is None:
         return None
     if not isinstance(output_size, (tuple, list)) or len(output_size) != 2:

@@ -30,11 +30,11 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
         vae ([`AutoencoderKL`], [`AutoencoderKLFlux2`], [`AutoencoderTiny`], [`AutoencoderDC`], [`AutoencoderLocal`],
             [`AutoencoderKLQwenImage`] or [`AutoencoderKLWan`]): encodes and decodes.
         upsampler ([`UPLiFTModel`]): trained for the VAE's latents.
-        latent_space (`str`, *optional*): declares which latent space the VAE's latents belong to, where its config
-            does not say (see [`LatentSpace`]).
+        latent_space (`str`, *optional*): which latent space the VAE's latents belong to, if its config
+            does not determine it (see [`LatentSpace`]).
     Raises:
-        TypeError: a VAE of another kind.
-        ValueError: `upsampler` was trained for other latents than those of `vae`.
+        TypeError: `vae` is of another class.
+        ValueError: `upsampler` was not trained for the latents of `vae`.
 
     Example:
         ```py
@@ -69,7 +69,7 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
 
     @property
     def latent_space(self) -> LatentSpace:
-        """The latent space of the VAE that the pipeline has now."""
+        """The latent space of the pipeline's current VAE."""
         return LatentSpace.of(self.vae, self.config.latent_space)
 
     @torch.no_grad()
@@ -93,38 +93,38 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
         Upscale latents.
 
         Args:
-            latents (`torch.Tensor`, *optional*): what a diffusers pipeline returned with `output_type="latent"`:
-                scaled, (B, C, h, w), one frame (B, C, 1, h, w), or packed (B, h/2 * w/2, 4C), as FLUX and Qwen-Image
-                return them. Latents (B, C, h, w) of FLUX.2 are raw, as FLUX.2 klein returns them. Encoded from `image`
+            latents (`torch.Tensor`, *optional*): output of a diffusers pipeline with `output_type="latent"`:
+                scaled, (B, C, h, w), one frame (B, C, 1, h, w), or packed (B, h/2 * w/2, 4C), as from FLUX and
+                Qwen-Image. Latents (B, C, h, w) of FLUX.2 are raw, as from FLUX.2 klein. Encoded from `image`
                 if not given.
             image (*optional*): the image of these latents, which guides the upsampling: PIL, array or tensor, or a
-                list of one size, f*h by f*w pixels. Decoded from `latents` if not given.
-            scale (`float`): from 1 to 16. Between powers of two the image is made with the next larger one and
-                reduced; for `output_type="latent"` it is then encoded again.
+                list of images of one size, f*h by f*w pixels. Decoded from `latents` if not given.
+            scale (`float`): from 1 to 16. Between powers of two, the image is upscaled to the next power of two and
+                downsampled; for `output_type="latent"` it is then encoded again.
             generator: one, or one for each item, which makes an item's result the same alone and in a batch.
             adain_factor (`float`): from 0 to 1: how far to move mean and standard deviation of every channel of the
-                upscaled latents towards those of the given ones, against a shift of colour or contrast. See
-                [`~uplift_diffusers.models.local_attention.match_channel_statistics`].
-            consistency (`float`): from 0 to 1: how much of what the guide image has and the result, reduced, lacks is
-                added to the result; see [`~uplift_diffusers.pipelines.upscale_stage.make_consistent`]. Latents stay as
-                they are.
-            tile_size (`int`, *optional*): edge in pixels of the tiles of the image that is upsampled, which bounds
-                the memory and does not change the result; `"auto"`, 768, or None, no tiles. The VAE has its own
+                upscaled latents towards those of the input latents, to correct a shift of colour or contrast. See
+                [`~uplift_diffusers.pipelines.upscale_stage.match_channel_statistics`].
+            consistency (`float`): from 0 to 1: the strength of a correction that makes the downsampled result match
+                the guide image; see [`~uplift_diffusers.pipelines.upscale_stage.make_consistent`]. Latents are not
+                changed.
+            tile_size (`int`, *optional*): edge of the tiles in pixels of the image, which bounds memory and does not
+                change the result; `"auto"` is 768, None disables tiling. The VAE has a separate
                 `vae.enable_tiling()`, which is exact only for an [`AutoencoderLocal`].
             output_type (`str`): `"pil"`; `"np"`, float32 (B, H, W, 3) in [0, 1]; `"pt"`, float32 (B, 3, H, W) in
-                [0, 1]; or `"latent"`, the large latents, in the layout and dtype of `latents`; or else (B, C, h, w),
-                in the dtype of the VAE.
+                [0, 1]; or `"latent"`, the large latents, in the layout and dtype of `latents`; without `latents`
+                (B, C, h, w), in the dtype of the VAE.
             return_dict (`bool`): return an [`ImagePipelineOutput`] instead of a tuple.
-            callback_on_progress: called with the number of parts of the work that are done and of all parts, after
-                every 2x step of every tile and every decoded strip. What it raises ends the call.
-            height (`int`, *optional*): of the image of `latents` in pixels, as the pipeline that made them was called.
-                Only packed latents need it.
-            width (`int`, *optional*): likewise.
+            callback_on_progress: called with the number of parts done and the total, after
+                every 2x step of every tile and every decoded strip. An exception raised in it ends the call.
+            height (`int`, *optional*): height in pixels of the image of `latents`, as passed to the pipeline that made
+                them. Only needed for packed latents.
+            width (`int`, *optional*): the corresponding width.
         Returns:
-            `.images`, of round(scale * f*h) by round(scale * f*w) pixels, or latents, round(scale * h) by
-            round(scale * w) of them; packed ones count in 2x2 patches, h/2 by w/2.
+            `.images`, of round(scale * f*h) by round(scale * f*w) pixels, or round(scale * h) by
+            round(scale * w) latents; packed latents are rounded in 2x2 patches, h/2 by w/2.
         Raises:
-            TypeError, ValueError: an argument that is not as above, before any work is done.
+            TypeError, ValueError: an argument is invalid; raised before any work is done.
         """
         # 1. Check inputs
         codec, device = LatentCodec(self.vae, self.config.latent_space), self._execution_device
@@ -194,7 +194,7 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
         height: int | None,
         width: int | None,
     ) -> tuple[int, int]:
-        """(height, width) in pixels of the image of the latents."""
+        """(height, width) of the latents' image in pixels."""
         space = self.latent_space
         factor = space.spatial_factor
         if latents is not None:

@@ -19,7 +19,7 @@ from uplift_diffusers.pipelines.latent_upscale import UPLiFTLatentUpscalePipelin
 
 class UPLiFTLatentUpscaleStep(ModularPipelineBlocks):
     r"""
-    Replaces `latents` by larger ones. All the work is [`UPLiFTLatentUpscalePipeline`]'s.
+    Replaces `latents` with upscaled ones, by calling [`UPLiFTLatentUpscalePipeline`].
 
     Example:
         ```py
@@ -38,7 +38,7 @@ class UPLiFTLatentUpscaleStep(ModularPipelineBlocks):
 
     @property
     def description(self) -> str:
-        return "Step that upsamples the denoised latents, guided by the image that they decode to."
+        return "Upsamples the denoised latents, guided by the image that they decode to."
 
     @property
     def expected_components(self) -> list[ComponentSpec]:
@@ -61,7 +61,7 @@ class UPLiFTLatentUpscaleStep(ModularPipelineBlocks):
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
-        return [OutputParam("latents", type_hint=torch.Tensor, description="Larger, in the layout they came in.")]
+        return [OutputParam("latents", type_hint=torch.Tensor, description="Upscaled, in the layout of the input.")]
 
     @torch.no_grad()
     def __call__(self, components, state: PipelineState) -> tuple:

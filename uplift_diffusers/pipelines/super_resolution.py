@@ -35,16 +35,16 @@ from uplift_diffusers.scale import num_steps_for_scale, read_scale, scaled_size
 
 class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
     r"""
-    Makes images larger: encode, upsample the latents 2x a step under the image's guidance, decode.
+    Upscales images: encodes, upsamples the latents 2x per step with the image as guide, decodes.
 
     Args:
         vae ([`AutoencoderKL`], [`AutoencoderTiny`], [`AutoencoderDC`] or [`AutoencoderLocal`]): encodes and decodes.
         upsampler ([`UPLiFTModel`]): trained for the VAE's latents.
-        latent_space (`str`, *optional*): declares which latent space the VAE's latents belong to, where its config
-            does not say (see [`LatentSpace`]).
+        latent_space (`str`, *optional*): which latent space the VAE's latents belong to, if its config
+            does not determine it (see [`LatentSpace`]).
     Raises:
-        TypeError: a VAE of another kind.
-        ValueError: `upsampler` was trained for other latents than those of `vae`.
+        TypeError: `vae` is of another class.
+        ValueError: `upsampler` was not trained for the latents of `vae`.
 
     Example:
         ```py
@@ -74,7 +74,7 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
 
     @property
     def latent_space(self) -> LatentSpace:
-        """The latent space of the VAE that the pipeline has now."""
+        """The latent space of the pipeline's current VAE."""
         return LatentSpace.of(self.vae, self.config.latent_space)
 
     @torch.no_grad()
@@ -91,34 +91,34 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
         callback_on_progress: Callable[[int, int], None] | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
-        Enlarge one image or several, of any width and height.
+        Upscale one or several images of any width and height.
 
         Args:
             image: a PIL image of any mode, an array (H, W[, C]) or (B, H, W, C), a tensor ([B,] C, H, W), or a list
-                of these, of different sizes if need be. Floats are in [0, 1]. Alpha is kept.
-            scale (`float`): from 1 to 16. Between powers of two the image is made with the next larger one and
-                reduced; at 1 it is returned as it is.
-            generator: one, drawn from image after image, or one for each image, which makes an image's result the
+                of these, whose sizes may differ. Floats are in [0, 1]. Alpha is kept.
+            scale (`float`): from 1 to 16. Between powers of two, the image is upscaled to the next power of two and
+                downsampled; at 1 it is returned unchanged.
+            generator: one, used for all images in turn, or one for each image, which makes an image's result the
                 same alone and in a list.
-            consistency (`float`): from 0 to 1: how much of what the image has and the result, reduced, lacks is added
-                to the result; see [`~uplift_diffusers.pipelines.upscale_stage.make_consistent`].
-            denoise (`float` or `str`): from 0, nothing, to 1: how much of the image's compression and noise is taken
-                away, by an upsampler that was trained for that. `"auto"` reads it off the quality of PIL images that
-                were opened from a JPEG file: 0 for a quality of 100, 1 for 30; everything else is taken to be clean.
-                Consistency is lowered by ten times as much.
-            tile_size (`int`, *optional*): edge in pixels of the tiles that the image is enlarged in, which bounds the
-                memory and does not change the result; `"auto"`, 768, or None, no tiles. The VAE has its own
+            consistency (`float`): from 0 to 1: the strength of a correction that makes the downsampled result match
+                the image; see [`~uplift_diffusers.pipelines.upscale_stage.make_consistent`].
+            denoise (`float` or `str`): from 0 (none) to 1: how much of the image's compression artefacts and noise to
+                remove; needs an upsampler that was trained for it. `"auto"` derives it from the JPEG quality of PIL
+                images that were opened from a JPEG file: 0 for a quality of 100, 1 for 30; every other input counts as
+                clean. `consistency` is multiplied by 1 - 10 * denoise, at least 0.
+            tile_size (`int`, *optional*): edge of the tiles in pixels of the image, which bounds memory and does not
+                change the result; `"auto"` is 768, None disables tiling. The VAE has a separate
                 `vae.enable_tiling()`, which is exact only for an [`AutoencoderLocal`].
             output_type (`str`): `"pil"`; `"np"`, float32 (B, H, W, C) in [0, 1]; or `"pt"`, float32 (B, C, H, W) in
-                [0, 1]. Images of different sizes come as a list of arrays or tensors.
+                [0, 1]. Images of different sizes are returned as a list of arrays or tensors.
             return_dict (`bool`): return an [`ImagePipelineOutput`] instead of a tuple.
-            callback_on_progress: called with the number of parts of the work that are done and of all parts, after
-                every 2x step of every tile and every decoded strip. What it raises ends the call.
+            callback_on_progress: called with the number of parts done and the total, after
+                every 2x step of every tile and every decoded strip. An exception raised in it ends the call.
         Returns:
-            `.images`, each of exactly round(scale * height) by round(scale * width) pixels. PIL images come back in
-            the mode they were given in where it is greyscale, RGB, with alpha or not, or 16-bit greyscale.
+            `.images`, each of exactly round(scale * height) by round(scale * width) pixels. PIL images keep their mode
+            if it is greyscale or RGB, with or without alpha, or 16-bit greyscale.
         Raises:
-            TypeError, ValueError: an argument that is not as above, before any work is done.
+            TypeError, ValueError: an argument is invalid; raised before any work is done.
         """
         # 1. Check inputs
         codec = LatentCodec(self.vae, self.config.latent_space)
@@ -138,7 +138,7 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
         ]
         progress = Progress(callback_on_progress, sum(parts) if scale != 1 else 0)
 
-        # 2. Enlarge, one picture at a time: sizes differ, and a picture's result must not depend on its neighbours
+        # 2. Upscale one image at a time: sizes differ, and a result must not depend on the other images
         images: Any = []
         try:
             for picture, strength, picture_generator in zip(
@@ -161,7 +161,7 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
                         progress=progress,
                     )
                     if alpha is not None:
-                        # Bilinear: whatever overshoots draws lines beside the edges.
+                        # Bilinear: any overshoot would draw lines along the edges.
                         alpha = F.interpolate(alpha[None], size=size, mode="bilinear")[0]
                 if output_type == "pil":
                     images.append(assemble_pil(strips, size, alpha=alpha, mode=picture.mode))
@@ -170,7 +170,7 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
         finally:
             self.maybe_free_model_hooks()
 
-        # 3. Hand back in the form that was asked for
+        # 3. Convert to the requested output type
         if output_type == "np":
             images = [tensor.permute(1, 2, 0).numpy() for tensor in images]
         if output_type != "pil" and len({image.shape for image in images}) == 1:
@@ -178,7 +178,7 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _read_denoise(self, denoise: float | str, picture: Picture) -> float:
-        """The strength for one picture."""
+        """The strength for one image."""
         has_channel = self.upsampler.config.denoise_channel
         if isinstance(denoise, str) and denoise == "auto":
             return denoise_for_quality(picture.jpeg_quality) if has_channel else 0.0
@@ -186,7 +186,7 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
         if strength and not has_channel:
             raise ValueError(
                 f"`denoise` must be 0 or 'auto' for an upsampler without `denoise_channel`, got {denoise}. "
-                "Such an upsampler was not trained to take anything away."
+                "It was not trained to remove artefacts."
             )
         return strength
 
@@ -203,7 +203,7 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
         tile_size: TileSize,
         progress: Progress,
     ) -> Iterator[torch.Tensor]:
-        """The enlarged colour from top to bottom, in strips (3, rows, round(scale * width)) on the CPU."""
+        """The upscaled colour from top to bottom, in strips (3, rows, round(scale * width)) on the CPU."""
         guide = pad_to_multiple(picture.color[None].to(self._execution_device), codec.space.spatial_factor)
         raw_latents = upscale_raw_latents(
             codec.encode(guide),  # (1, C, h, w)

@@ -1,4 +1,4 @@
-"""UPLiFTTextToImageXLPipeline: a prompt in, Stable Diffusion XL, the upscale stage, a large image out."""
+"""UPLiFTTextToImageXLPipeline: Stable Diffusion XL with an upscale stage; a prompt in, a large image out."""
 
 from collections.abc import Callable
 from typing import Any
@@ -50,22 +50,22 @@ class UPLiFTTextToImageXLPipeline(StableDiffusionXLPipeline):
     r"""
     [`StableDiffusionXLPipeline`] with an upscale stage between the last denoising step and the VAE.
 
-    It denoises at the size that the U-Net was trained for, upsamples the latents `scale` times in one forward pass and
-    decodes the large image. Everything else is [`StableDiffusionXLPipeline`]'s, loaders of LoRA, textual inversion and
-    IP-Adapter included.
+    It denoises at the size that the U-Net was trained for, upsamples the latents by `scale` without further denoising
+    and decodes the large image. Everything else works as in [`StableDiffusionXLPipeline`], including the loaders of
+    LoRA, textual inversion and IP-Adapter.
 
     Args:
         vae ([`AutoencoderKL`] or [`AutoencoderTiny`]): decodes the large image, and the guide without `guide_vae`.
         text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler, image_encoder, feature_extractor,
             force_zeros_for_empty_prompt, add_watermarker: as for [`StableDiffusionXLPipeline`].
-        upsampler ([`UPLiFTModel`]): trained for the VAE's latents; None, as for the other components, in a pipeline
-            that only encodes prompts.
-        guide_vae ([`AutoencoderTiny`], *optional*): decodes the small guide image at less cost.
-        latent_space (`str`, *optional*): declares which latent space the VAE's latents belong to, where its config
-            does not say (see [`LatentSpace`]).
+        upsampler ([`UPLiFTModel`]): trained for the VAE's latents. Like the other components, it may be None in a
+            pipeline that only encodes prompts.
+        guide_vae ([`AutoencoderTiny`], *optional*): decodes the small guide image faster.
+        latent_space (`str`, *optional*): which latent space the VAE's latents belong to, if its config
+            does not determine it (see [`LatentSpace`]).
     Raises:
-        TypeError: a VAE of another kind.
-        ValueError: `upsampler` or `guide_vae` is for other latents than those of `vae`.
+        TypeError: `vae` is of another class.
+        ValueError: `upsampler` or `guide_vae` is not for the latents of `vae`.
 
     Example:
         ```py
@@ -125,7 +125,7 @@ class UPLiFTTextToImageXLPipeline(StableDiffusionXLPipeline):
 
     @property
     def latent_space(self) -> LatentSpace:
-        """The latent space of the VAE that the pipeline has now."""
+        """The latent space of the pipeline's current VAE."""
         return LatentSpace.of(self.vae, self.config.latent_space)
 
     @torch.no_grad()
@@ -173,7 +173,7 @@ class UPLiFTTextToImageXLPipeline(StableDiffusionXLPipeline):
         callback_on_progress: Callable[[int, int], None] | None = None,
     ) -> StableDiffusionXLPipelineOutput | tuple:
         r"""
-        Make an image of a prompt and enlarge it.
+        Generate an image from a prompt and upscale it.
 
         Args:
             prompt, prompt_2, num_inference_steps, timesteps, sigmas, guidance_scale, negative_prompt,
@@ -181,38 +181,38 @@ class UPLiFTTextToImageXLPipeline(StableDiffusionXLPipeline):
                 pooled_prompt_embeds, negative_pooled_prompt_embeds, ip_adapter_image, ip_adapter_image_embeds,
                 cross_attention_kwargs, guidance_rescale, crops_coords_top_left, negative_crops_coords_top_left,
                 clip_skip: as for [`StableDiffusionXLPipeline`].
-            height (`int`, *optional*): of the image that is denoised, in pixels; the result is `scale` times as high.
-            width (`int`, *optional*): likewise. Both default to the size of `latents`, else to the U-Net's own.
-            denoising_end (`float`, *optional*): None or 1, for noisy latents cannot be upsampled.
+            height (`int`, *optional*): height of the denoised image in pixels; the result is `scale` times as high.
+            width (`int`, *optional*): its width. Both default to the size of `latents`, else to the U-Net's size.
+            denoising_end (`float`, *optional*): must be None or 1, because noisy latents cannot be upsampled.
             original_size, target_size, negative_original_size, negative_target_size (`tuple[int, int]`, *optional*):
                 the sizes that condition the denoising, as for [`StableDiffusionXLPipeline`]; the refinement is
-                conditioned on the size that it works at.
-            generator: one, or one for each image, which makes an image the same alone and in a batch. The denoising
-                draws from it first, then the upsampler, then the refinement.
-            latents (`torch.Tensor`, *optional*): (images, C, h, w), the noise to begin with.
+                conditioned on the output size.
+            generator: one, or one for each image, which makes an image the same alone and in a batch. Denoising,
+                upsampler and refinement draw from it in this order.
+            latents (`torch.Tensor`, *optional*): (images, C, h, w), the initial noise.
             output_type (`str`): `"pil"`; `"np"`, float32 (B, H, W, 3) in [0, 1]; `"pt"`, float32 (B, 3, H, W) in
                 [0, 1]; or `"latent"`, the large latents, scaled.
             return_dict (`bool`): return a [`StableDiffusionXLPipelineOutput`] instead of a tuple.
-            callback_on_step_end: called after each step of the denoising, and of the refinement, whose steps count
-                from 0 again and whose pipeline is the [`StableDiffusionXLImg2ImgPipeline`] that makes them. An
-                interrupted call upscales what there is and refines nothing.
-            callback_on_step_end_tensor_inputs (`list[str]`): names of the tensors that the callback is given.
-            scale (`float`): from 1 to 16. Between powers of two the image is made with the next larger one and
-                reduced; to be refined, or for `output_type="latent"`, it is then encoded again.
-            refine_strength (`float`): from 0 to 1. Above 0 the upscaled latents are noised again and denoised by this
-                last share of the schedule, at the size that is asked for, on the same U-Net, with everything that
-                conditioned the first denoising except the sizes.
+            callback_on_step_end: called after each step of the denoising and of the refinement. During refinement, the
+                step index starts at 0 again, and the pipeline is the [`StableDiffusionXLImg2ImgPipeline`] that
+                refines. After an interruption, the current latents are upscaled and not refined.
+            callback_on_step_end_tensor_inputs (`list[str]`): names of the tensors passed to the callback.
+            scale (`float`): from 1 to 16. Between powers of two, the image is upscaled to the next power of two and
+                downsampled; for refinement or `output_type="latent"` it is then encoded again.
+            refine_strength (`float`): from 0 to 1. Above 0, noise is added to the upscaled latents, and they are
+                denoised with this last share of the schedule, at the output size, with the same U-Net and with the
+                conditioning of the first denoising except the sizes.
             adain_factor (`float`): from 0 to 1: how far to move mean and standard deviation of every channel of the
-                upscaled latents towards those of the denoised ones, against a shift of colour or contrast. See
-                [`~uplift_diffusers.models.local_attention.match_channel_statistics`].
-            tile_size (`int`, *optional*): edge in pixels of the tiles of the denoised image that are upsampled, which
-                bounds the memory and does not change the result; `"auto"`, 768, or None, no tiles.
-            callback_on_progress: called with the number of parts of the work that are done and of all parts, after
-                every 2x step of every tile and every decoded strip. What it raises ends the call.
+                upscaled latents towards those of the denoised ones, to correct a shift of colour or contrast. See
+                [`~uplift_diffusers.pipelines.upscale_stage.match_channel_statistics`].
+            tile_size (`int`, *optional*): edge of the tiles in pixels of the denoised image, which
+                bounds memory and does not change the result; `"auto"` is 768, None disables tiling.
+            callback_on_progress: called with the number of parts done and the total, after
+                every 2x step of every tile and every decoded strip. An exception raised in it ends the call.
         Returns:
             `.images`, of round(scale * height) by round(scale * width) pixels, or latents.
         Raises:
-            TypeError, ValueError: an argument that is not as above, before the denoising begins.
+            TypeError, ValueError: an argument is invalid; raised before the denoising begins.
         """
         # 1. Check inputs
         require_components(vae=self.vae, upsampler=self.upsampler)
@@ -236,7 +236,7 @@ class UPLiFTTextToImageXLPipeline(StableDiffusionXLPipeline):
         )
         if denoising_end not in (None, 1):
             raise ValueError(
-                f"`denoising_end` must be None, for noisy latents cannot be upsampled, got {denoising_end}."
+                f"`denoising_end` must be None, because noisy latents cannot be upsampled, got {denoising_end}."
             )
         parts = count_parts(codec, size, num_steps=num_steps, tile_size=tile_size)
         progress = Progress(callback_on_progress, parts)
@@ -340,7 +340,7 @@ class UPLiFTTextToImageXLPipeline(StableDiffusionXLPipeline):
         return StableDiffusionXLPipelineOutput(images=images)
 
     def _refiner(self) -> StableDiffusionXLImg2ImgPipeline:
-        """Image-to-image with the components that this pipeline has now; it shows no image, so it marks none."""
+        """Image-to-image with this pipeline's current components, without watermark, as it returns latents."""
         components: dict[str, Any] = {
             "vae": self.vae,
             "text_encoder": self.text_encoder,

@@ -1,4 +1,4 @@
-"""The upscale stage that the pipelines share: check, complete the guide, upsample, correct the colour, decode."""
+"""The upscale stage shared by the pipelines: checks, upsampling, colour correction, decoding."""
 
 from collections.abc import Callable, Iterator
 
@@ -17,22 +17,22 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 TileSize = int | str | None
 AUTO_TILE_SIZE = 768
-"""`tile_size="auto"`, in pixels: a smaller image is one tile."""
+"""Tile size in pixels for `tile_size="auto"`; a smaller image is one tile."""
 
 MIN_TILE_SIZE = 64
 
 CONSISTENCY_REACH = 4
-"""Pixels of the image to each side on which `make_consistent` depends: two of each of its interpolations."""
+"""Reach of `make_consistent` in image pixels to each side: two for each of its interpolations."""
 
 
 def check_request(*, scale: float, adain_factor: float, output_type: str, tile_size: TileSize) -> int:
     """
-    Check what is asked of the stage.
+    Check the arguments of the stage.
 
     Returns:
         The number of 2x steps.
     Raises:
-        TypeError, ValueError: an argument is not as the pipelines document it.
+        TypeError, ValueError: an argument is invalid.
     """
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
@@ -63,7 +63,7 @@ def check_generator(generator: Generator, count: int, *, noun: str = "items") ->
 
 
 def require_components(**components: object) -> None:
-    """Raise ValueError, naming the first, if the pipeline was built without one of `components`."""
+    """Raise ValueError if the pipeline was built without one of `components`."""
     for name, component in components.items():
         if component is None:
             raise ValueError(
@@ -87,18 +87,18 @@ def check_guide_vae(space: LatentSpace, guide_vae: AutoencoderTiny | None) -> No
 
 class Progress:
     """
-    Counts the parts of a call's work: its tiles in every step, and the strips that are decoded.
+    Counts the parts of a call's work: every step of every tile, and every decoded strip.
 
     Args:
-        callback: called with the number of parts that are done and of all parts, or None.
-        total: number of all parts.
+        callback: called with the number of parts done and the total, or None.
+        total: total number of parts.
     """
 
     def __init__(self, callback: Callable[[int, int], None] | None, total: int):
         self.callback, self.total, self.done = callback, total, 0
 
     def advance(self) -> None:
-        """Another part is done. What the callback raises ends the work."""
+        """Count one more part and call the callback. An exception raised in it ends the work."""
         self.done += 1
         if self.callback is not None:
             self.callback(self.done, self.total)
@@ -106,7 +106,7 @@ class Progress:
 
 def count_parts(codec: LatentCodec, size: tuple[int, int], *, num_steps: int, tile_size: TileSize) -> int:
     """
-    How often `upscale_raw_latents` and `decode_strips_to_scale` advance a `Progress` for one batch.
+    The number of times `upscale_raw_latents` and `decode_strips_to_scale` advance a `Progress` for one batch.
 
     Args:
         size: (height, width) in pixels of the image, multiples of the spatial factor.
@@ -135,7 +135,7 @@ def upscale_raw_latents(
 
     Args:
         raw_latents: (B, C, h, w) float, unscaled.
-        image: (B, 3, f*h, f*w) float in [0, 1]; not looked at if `num_steps` is 0.
+        image: (B, 3, f*h, f*w) float in [0, 1]; ignored if `num_steps` is 0.
         upsampler: trained for these latents.
         num_steps: number of 2x steps, >= 0.
         generator: one, or one for each item.
@@ -144,7 +144,7 @@ def upscale_raw_latents(
         tile_size: edge of a tile in pixels of the image, `"auto"` or None; the output does not depend on it.
         progress: advanced after every step of every tile.
     Returns:
-        (B, C, h * 2**num_steps, w * 2**num_steps), dtype of `upsampler`; `raw_latents` for no steps.
+        (B, C, h * 2**num_steps, w * 2**num_steps), dtype of `upsampler`; `raw_latents` if `num_steps` is 0.
     Raises:
         ValueError: the upsampler's output is not finite.
     """
@@ -184,7 +184,7 @@ def match_channel_statistics(values: torch.Tensor, reference: torch.Tensor, fact
     Move the mean and standard deviation of every channel of `values` towards those of `reference`.
 
     values + factor * ((values - mean(values)) * std(reference) / std(values) + mean(reference) - values), over the
-    positions of each item and channel. Where a channel of `values` is constant only its mean moves.
+    positions of each item and channel. If a channel of `values` is constant, only its mean moves.
 
     Args:
         values: (B, C, H, W) float.
@@ -204,7 +204,7 @@ def match_channel_statistics(values: torch.Tensor, reference: torch.Tensor, fact
 
 def decode_to_scale(raw_latents: torch.Tensor, **settings) -> torch.Tensor:
     """
-    Decode upscaled raw latents, cut what the image was padded by, and reduce it to its exact size.
+    Decode upscaled raw latents, crop the padding, and downsample to the exact size.
 
     Args, Raises: as for `decode_strips_to_scale`.
     Returns:
@@ -226,16 +226,16 @@ def decode_strips_to_scale(
     progress: Progress | None = None,
 ) -> Iterator[torch.Tensor]:
     """
-    The rows of what `decode_to_scale` gives, from top to bottom, so that it need not lie in memory whole.
+    The output of `decode_to_scale` in strips of rows, from top to bottom, to avoid holding all of it in memory.
 
     Args:
-        raw_latents: (B, C, h, w), as `upscale_raw_latents` gives them.
-        codec: of the VAE.
-        size: (height, width) in pixels of the image before it was padded and upscaled.
-        num_steps: number of 2x steps that were made.
-        scale: of the output, at most 2**num_steps.
-        image: (B, 3, *size) in [0, 1], what was upscaled; needed for `consistency`.
-        consistency: from 0 to 1, see `make_consistent`, at the power of two that the picture is made at.
+        raw_latents: (B, C, h, w), from `upscale_raw_latents`.
+        codec: runs the VAE.
+        size: (height, width) in pixels of the image before padding and upscaling.
+        num_steps: number of 2x steps of the upscaling.
+        scale: scale of the output, at most 2**num_steps.
+        image: (B, 3, *size) in [0, 1], the input image; needed for `consistency`.
+        consistency: from 0 to 1, see `make_consistent`; applied before downsampling to `scale`.
         progress: advanced after every strip.
     Returns:
         An iterator over (B, 3, rows, round(scale * width)) float32 in [0, 1]: strips if the VAE decodes in strips and
@@ -255,19 +255,19 @@ def make_consistent(
     strips: Iterator[torch.Tensor], image: torch.Tensor, factor: int, strength: float
 ) -> Iterator[torch.Tensor]:
     """
-    Add to an enlarged picture what the image has and the picture lacks: y + strength * up(x - reduce(y)).
+    Correct an upscaled image y towards its input x: y + strength * up(x - reduce(y)).
 
-    Reduced, the result is the image to within the error of the interpolation; a VAE's losses of colour and detail come
-    back. Both interpolations are bicubic, the reduction antialiased. As they reach only four pixels of the image to
-    each side, the picture need not lie in memory whole: strips give the same as the whole, up to float32 rounding.
+    Downsampled, the result equals x to within the error of the interpolation, which restores colour and detail that a
+    VAE loses. Both interpolations are bicubic, and `reduce` is antialiased. They reach only four pixels of x to
+    each side, so y is processed in strips, with the same result up to float32 rounding.
 
     Args:
-        strips: y, from top to bottom: (B, 3, rows, factor * W) float32 in [0, 1].
-        image: x, (B, 3, H, W) float32 in [0, 1]; H * factor rows come.
-        factor: how many times y is as large as x.
-        strength: from 0, nothing, to 1.
+        strips: y, from top to bottom: (B, 3, rows, factor * W) float32 in [0, 1], factor * H rows in total.
+        image: x, (B, 3, H, W) float32 in [0, 1].
+        factor: size of y relative to x.
+        strength: from 0 (no correction) to 1.
     Returns:
-        An iterator over (B, 3, rows, factor * W) in [0, 1], with as many rows in all.
+        An iterator over (B, 3, rows, factor * W) in [0, 1], factor * H rows in total.
     Source: iterative back-projection, Irani and Peleg 1991; one iteration.
     """
     if strength == 0:
@@ -303,7 +303,7 @@ def _edge(latents: tuple[int, int], spatial_factor: int, tile_size: int | None) 
 
 
 def _crop_strips(strips: Iterator[torch.Tensor], size: tuple[int, int]) -> Iterator[torch.Tensor]:
-    """The first `size` (height, width) pixels of a picture."""
+    """The first `size` (height, width) pixels of an image."""
     height, width = size
     for strip in strips:
         strip = strip[..., : max(height, 0), :width]
@@ -313,7 +313,7 @@ def _crop_strips(strips: Iterator[torch.Tensor], size: tuple[int, int]) -> Itera
 
 
 def _reduce_strips(strips: Iterator[torch.Tensor], height: int, size: tuple[int, int]) -> torch.Tensor:
-    """`images.resize` of the picture of `height` that is made of `strips`, with little memory beside the result."""
+    """`images.resize` of an image of `height`, given as `strips`, with little memory beyond the result."""
     rows = None
     top = 0
     # The interpolation is separable: widths first, strip by strip, then heights, which never grow and so fit in place.

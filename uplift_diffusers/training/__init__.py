@@ -1,1 +1,1 @@
-"""Training: configurations, losses, the loop, checkpoints, cards."""
+"""Training: configurations, losses, the training loop, checkpoints, model cards."""

@@ -1,4 +1,4 @@
-"""Training state on disk: it appears whole or not at all, is checked by SHA-256, and is read back exactly."""
+"""Checkpoints of the training state: written atomically, checked by SHA-256, and restored exactly."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ CHECKSUMS = "checksums.json"
 @dataclass(kw_only=True)
 class TrainingState:
     """
-    Everything that changes from step to step.
+    All state that changes from step to step.
 
     Args:
         model: the trained network.
@@ -54,11 +54,11 @@ def save_checkpoint(output_dir: Path, state: TrainingState, *, settings: dict, k
 
     Args:
         output_dir: the run's folder.
-        state: what is written.
-        settings: what the run depends on, JSON values by name, for `changed_settings`.
-        keep: number of checkpoints that stay.
+        state: the state to write.
+        settings: the run's settings, JSON values by name, for `changed_settings`.
+        keep: number of checkpoints to keep.
     Raises:
-        OSError: it cannot be written. The checkpoints that were there are unchanged.
+        OSError: the checkpoint cannot be written. Existing checkpoints are unchanged.
     """
     final = output_dir / f"{PREFIX}{state.step}"
     try:
@@ -89,7 +89,7 @@ def save_result(model: ModelMixin, output_dir: Path) -> None:
 
 
 def remove_partial_files(output_dir: Path) -> None:
-    """Remove what processes that were killed had not finished writing below `output_dir`."""
+    """Remove the partial files of killed processes below `output_dir`."""
     for path in output_dir.glob(".*.partial"):
         if path.is_dir():
             shutil.rmtree(path)
@@ -99,13 +99,13 @@ def remove_partial_files(output_dir: Path) -> None:
 
 def load_checkpoint(path: Path, state: TrainingState) -> None:
     """
-    Put everything that `save_checkpoint` wrote into `state`.
+    Restore everything that `save_checkpoint` wrote into `state`.
 
     Args:
         path: from `find_checkpoint`, which checks it.
         state: of a model and optimizer made with the same settings.
     Raises:
-        ValueError: it was written for another model, other trained parameters, or without the moving average.
+        ValueError: the checkpoint belongs to another model or other trained parameters, or has no moving average.
     """
     content = json.loads((path / STATE).read_text())
     if state.ema is not None and content["ema_step"] is None:
@@ -158,13 +158,13 @@ def set_aside_later_checkpoints(output_dir: Path, step: int) -> list[Path]:
 
 def find_checkpoint(output_dir: Path, request: str) -> tuple[Path | None, list[str]]:
     """
-    The checkpoint that `request` asks for, and a sentence for every damaged one passed over.
+    The checkpoint for `request`, and a message for every damaged one that was skipped.
 
     Args:
         output_dir: the run's folder.
-        request: `latest` (an error if there is none), `if-any` (none is fine), or a checkpoint's path.
+        request: `latest` (an error if there is none), `if-any` (None if there is none), or a checkpoint's path.
     Raises:
-        FileNotFoundError: nothing usable where something was required.
+        FileNotFoundError: a checkpoint is required and none is usable.
     """
     if request not in ("latest", "if-any"):
         if problem := _damage(Path(request)):
@@ -196,7 +196,7 @@ def _numbered(output_dir: Path) -> list[tuple[int, Path]]:
 
 
 class AveragedWeights:
-    """Within it, the parameters hold their moving average."""
+    """Context manager in which the parameters hold their moving average."""
 
     def __init__(self, ema: EMAModel | None, parameters: list[nn.Parameter]):
         self.ema, self.parameters = ema, parameters
@@ -233,7 +233,7 @@ def _write(folder: Path, state: TrainingState, settings: dict) -> None:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, as a sentence, or None."""
+    """A message on the damage of a checkpoint, or None."""
     try:
         checksums = json.loads((path / CHECKSUMS).read_text())
         names = {"model.safetensors", "optimizer.safetensors", STATE, *checksums}

@@ -28,13 +28,14 @@ PRECISIONS = ("auto", "no", "bf16", "fp16")
 @dataclass(frozen=True)
 class Task:
     """
-    What is trained.
+    The model and objective of a training run.
 
     Args:
         model: the network that is trained, averaged and saved.
-        objective: holds `model`; `objective(images, generator=)` with images (B, 3, R, R) in [0, 1] returns a dict of
-            scalars whose `loss` is differentiable.
-        fit: sets, before the first step of a new run, what has a closed solution, from (N, 3, R, R) in [0, 1].
+        objective: contains `model`; `objective(images, generator=)` with images (B, 3, R, R) in [0, 1] returns a dict
+            of scalars with a differentiable `loss`.
+        fit: called before the first step of a new run with (N, 3, R, R) in [0, 1], to set parameters that have a
+            closed-form solution.
         fit_crops: N.
         validate: measures `model`.
     """
@@ -47,29 +48,29 @@ class Task:
 
 
 def option(default: typing.Any = dataclasses.MISSING, description: str = "") -> typing.Any:
-    """A dataclass field with the sentence that `--help` shows for it; without one, that of the parent class."""
+    """A dataclass field with its `--help` text; by default that of the parent class."""
     return dataclasses.field(default=default, metadata={"help": description})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """The settings of every training run, whatever it trains."""
+    """The settings common to all training runs."""
 
     train_data_dir: str | None = option(None, "Folder of photographs, searched recursively; a .tar file or 'a/*.tar'.")
-    dataset_name: str | None = option(None, "In place of train_data_dir: a Hugging Face dataset, or a folder of one.")
-    dataset_config_name: str | None = option(None, "Configuration of the dataset, where it has several.")
-    image_column: str = option("image", "The dataset's column of images.")
+    dataset_name: str | None = option(None, "Instead of train_data_dir: a Hugging Face dataset, or a folder with one.")
+    dataset_config_name: str | None = option(None, "Configuration of the dataset, if it has several.")
+    image_column: str = option("image", "The dataset's column with images.")
     streaming: bool = option(False, "Download the dataset while training, instead of storing it first.")
-    output_dir: str = option(description="Where checkpoints, metrics.jsonl and the final model go.")
+    output_dir: str = option(description="Folder for checkpoints, metrics.jsonl and the final model.")
     seed: int = option(0, "Seed of initialisation, data order, crops and noise.")
     resolution: int = option(256, "Edge of the training crops in pixels.")
-    random_crop: bool = option(True, "Random crops and flips; off: the whole picture's centre square, resized.")
-    max_reduction: float = option(1.0, "Half of the random crops come from a picture reduced by up to this factor.")
-    augment_flip: bool = option(False, "Flip half of the centre squares (random crops are flipped in any case).")
+    random_crop: bool = option(True, "Random crops and flips; off: the centre square, resized.")
+    max_reduction: float = option(1.0, "Half of the random crops come from an image downsampled by up to this factor.")
+    augment_flip: bool = option(False, "Flip half of the centre squares (random crops are always flipped).")
     train_batch_size: int = option(8, "Images per process and micro-step.")
     gradient_accumulation_steps: int = option(1, "Micro-steps per optimiser step.")
     max_train_steps: int | None = option(10_000, "Optimiser steps.")
-    num_train_epochs: int | None = option(None, "Passes over the photographs, in place of max_train_steps.")
+    num_train_epochs: int | None = option(None, "Passes over the photographs, instead of max_train_steps.")
     learning_rate: float = option(1e-3, "Peak learning rate of Adam.")
     adam_beta2: float = option(0.999, "Adam's decay of the squared gradients.")
     lr_scheduler: str = option("cosine", "diffusers' schedule: constant, constant_with_warmup, linear, cosine, ...")
@@ -78,21 +79,21 @@ class TrainingConfig:
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
     use_ema: bool = option(True, "Keep an exponential moving average of the weights and save it as the result.")
     ema_decay: float = option(0.999, "Largest decay of the moving average (it warms up towards it).")
-    mixed_precision: str = option("auto", "Autocast: no, bf16, fp16, or auto: what the machine is fastest in.")
-    gradient_checkpointing: bool = option(False, "Compute activations a second time instead of keeping them.")
+    mixed_precision: str = option("auto", "Autocast: no, bf16, fp16, or auto: the fastest on this machine.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
     dataloader_num_workers: int = option(0, "Worker processes that read photographs.")
     checkpointing_steps: int = option(500, "Optimiser steps between checkpoints.")
     checkpoints_total_limit: int = option(2, "Checkpoints kept.")
     resume_from_checkpoint: str | None = option(None, "A checkpoint folder, 'latest', or 'if-any'.")
     logging_steps: int = option(50, "Optimiser steps between lines of metrics.jsonl.")
     report_to: str = option(
-        "none", "tensorboard (below output_dir/logs), wandb or none; metrics.jsonl there is always."
+        "none", "tensorboard (below output_dir/logs), wandb or none; metrics.jsonl is always written."
     )
     validation_data_dir: str | None = option(None, "Folder of photographs for validation; none: no validation.")
     validation_steps: int | None = option(1000, "Optimiser steps between validations.")
-    validation_epochs: int | None = option(None, "Epochs between validations, in place of validation_steps.")
+    validation_epochs: int | None = option(None, "Epochs between validations, instead of validation_steps.")
     push_to_hub: bool = option(False, "Upload the result to the Hugging Face hub.")
-    hub_model_id: str | None = option(None, "Repository of the result on the hub; by default output_dir's name.")
+    hub_model_id: str | None = option(None, "Repository of the result on the hub; by default the name of output_dir.")
     hub_token: str | None = option(None, "Access token of the hub; by default the one that `hf auth login` stored.")
     license: str | None = option(
         None, "Licence of the trained weights, for the model card: apache-2.0, cc-by-4.0, ..."
@@ -122,10 +123,10 @@ class TrainingConfig:
         if self.streaming and self.dataloader_num_workers > 0:
             raise ValueError(
                 f"`dataloader_num_workers` must be 0 with `streaming`, got {self.dataloader_num_workers}: "
-                "`datasets` shuffles a stream in another order there."
+                "`datasets` shuffles a stream in another order in worker processes."
             )
         if self.streaming and None in (self.max_train_steps, self.validation_steps):
-            raise ValueError("`streaming` must have steps and no epochs: the length of a stream is not known.")
+            raise ValueError("`streaming` must be used with steps, not epochs: the length of a stream is not known.")
         for steps, epochs in STEPS_OR_EPOCHS.items():
             if getattr(self, steps) is None and getattr(self, epochs) is None:
                 raise ValueError(f"`{steps}` or `{epochs}` must be given.")
@@ -153,7 +154,7 @@ class TrainingConfig:
             raise ValueError(f"`lr_floor` must be 0 unless `lr_scheduler` is cosine, got {self.lr_floor}.")
 
     def make_crop(self) -> CropFunction:
-        """What cuts the training squares out of the photographs: (image, epoch, index) -> (3, R, R) uint8."""
+        """The function that crops training squares: (image, epoch, index) -> (3, R, R) uint8."""
         return Crop(
             resolution=self.resolution,
             random_crop=self.random_crop,
@@ -163,12 +164,12 @@ class TrainingConfig:
         )
 
     def open_task(self, device: torch.device) -> AbstractContextManager[Task]:
-        """What these settings train, on `device`, for the duration of a `with` block."""
+        """The task that these settings describe, on `device`, for the duration of a `with` block."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it trains.")
 
 
 STEPS_OR_EPOCHS = {"max_train_steps": "num_train_epochs", "validation_steps": "validation_epochs"}
-"""Giving one of a pair drops the default of the other. Steps win if both are given."""
+"""Giving one of a pair drops the default of the other. Steps take precedence if both are given."""
 
 Config = typing.TypeVar("Config", bound=TrainingConfig)
 
@@ -186,8 +187,8 @@ def parse_config(
     Args:
         config_class: a dataclass of `option` fields.
         arguments: the flags; by default those of this process.
-        settings: values by field name, as a YAML file has them; by default those of the file that --config names.
-        description: what `--help` begins with.
+        settings: values by field name, as in a YAML file; by default those of the --config file.
+        description: first paragraph of `--help`.
     """
     if settings is None:
         settings, arguments = take_config_file(arguments)
@@ -233,10 +234,10 @@ def parse_choices(
     choices: Mapping[str, tuple[str, ...]], arguments: list[str] | None = None
 ) -> tuple[dict[str, str], dict[str, typing.Any], list[str]]:
     """
-    Read the flags that select a configuration, from the command line or the file that --config names.
+    Read the flags that select a configuration, from the command line or the --config file.
 
     Args:
-        choices: the values that each flag may have, by name; the first one is the default.
+        choices: allowed values by flag; the first one is the default.
         arguments: the flags; by default those of this process.
     Returns:
         The choices made, and the other settings of the file and the other flags, for `parse_config`.
@@ -252,7 +253,7 @@ def parse_choices(
 
 def take_config_file(arguments: list[str] | None = None) -> tuple[dict[str, typing.Any], list[str]]:
     """
-    What the YAML file named by --config says, and the other arguments.
+    The contents of the --config YAML file, and the other arguments.
 
     Raises:
         OSError: the file cannot be read.
@@ -273,7 +274,7 @@ def take_config_file(arguments: list[str] | None = None) -> tuple[dict[str, typi
 
 
 def _as_flags(name: str, value: typing.Any, *, is_switch: bool) -> list[str]:
-    """The flags that stand for a line of a YAML file, so that argparse checks both in the same way."""
+    """The flags for a line of a YAML file, so argparse checks both in the same way."""
     if is_switch:
         if not isinstance(value, bool):
             raise ValueError(f"`{name}` must be true or false, got {value!r}.")

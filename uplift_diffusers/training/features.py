@@ -28,7 +28,7 @@ from uplift_diffusers.training.train import run, run_command
 VALIDATION_DEPTHS = (1, 2)
 VALIDATION_BATCH = 4
 VALIDATION_ROWS = 4
-"""Photographs in the picture of a validation."""
+"""Rows in the image of a validation."""
 
 UpsampleFeatures = Callable[[torch.Tensor, torch.Tensor, tuple[int, int]], torch.Tensor]
 """(features, image, size) -> features: (B, C, h, w) and (B, 3, H, W) in [0, 1] to (B, C, *size)."""
@@ -36,7 +36,7 @@ UpsampleFeatures = Callable[[torch.Tensor, torch.Tensor, tuple[int, int]], torch
 
 @dataclass(frozen=True)
 class Squash:
-    """Resizes a whole photograph to a square, whatever its shape: the input of the published training."""
+    """Resizes a whole photograph to a square, ignoring its aspect ratio, as in the published training."""
 
     resolution: int
 
@@ -55,18 +55,20 @@ class FeatureTrainingConfig(TrainingConfig):
         for name, value in CONFIGS["dinov2-s14"].items()
         if name not in ("latent_channels", "latent_space", "spatial_factor", "encoder_spatial_factor")
     }
-    """Constructor arguments of UPLiFTModel; the others follow from the backbone."""
+    """Constructor arguments of UPLiFTModel that do not depend on the backbone."""
     published_depths: ClassVar[tuple[int, ...]] = (1, 2, 3)
 
     backbone: str = option("facebook/dinov2-small", "A vision transformer: a local folder or a hub id.")
-    feature_space: str | None = option(None, "Declares the backbone's feature space where its config does not say it.")
-    image_normalization: str | None = option(None, "Of the backbone's input: imagenet, half, sat493m; or its own.")
-    method: str = option("uplift", "What is trained: uplift, or lift, the same network without the Local Attender.")
+    feature_space: str | None = option(None, "The backbone's feature space, if its config does not determine it.")
+    image_normalization: str | None = option(
+        None, "Of the backbone's input: imagenet, half or sat493m; by default its own."
+    )
+    method: str = option("uplift", "The model: uplift, or lift, the same network without the Local Attender.")
     depths: tuple[int, ...] = option(
-        None, "Depths d: from 1/2^d of the resolution in d steps of 2x; by default those of the recipe, for lift 1."
+        None, "Depths d: from 1/2^d of the resolution in d 2x steps; by default those of the recipe, and 1 for lift."
     )
     resolution: int = option(448)
-    squash: bool = option(True, "Resize whole photographs to the square; off: squares, as random_crop says.")
+    squash: bool = option(True, "Resize whole photographs to a square; off: crop squares, see random_crop.")
     random_crop: bool = option(False)
     train_batch_size: int = option(32)
     max_train_steps: int | None = option(None)
@@ -97,8 +99,8 @@ class FeatureTrainingConfig(TrainingConfig):
 
         Raises:
             OSError: the backbone cannot be loaded.
-            TypeError: it is of another kind.
-            ValueError: the squares do not suit it.
+            TypeError: the backbone's class is not supported.
+            ValueError: the resolution does not suit the backbone.
         """
         backbone = FeatureBackbone.from_pretrained(
             self.backbone, self.feature_space, image_normalization=self.image_normalization
@@ -108,10 +110,10 @@ class FeatureTrainingConfig(TrainingConfig):
 
     def make_task(self, backbone: FeatureBackbone) -> Task:
         """
-        A new model for the features of `backbone`, and what it minimises.
+        A new model for the features of `backbone`, and its objective.
 
         Raises:
-            ValueError: the squares do not suit the backbone.
+            ValueError: the resolution does not suit the backbone.
         """
         multiple = backbone.space.patch_size * 2 ** max(self.depths)
         if self.resolution % multiple:
@@ -139,7 +141,7 @@ class DINOv3TrainingConfig(FeatureTrainingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SmallFeatureTrainingConfig(FeatureTrainingConfig):
-    """A fifth of the network on squares of 224 px, in steps that a laptop does in an hour."""
+    """A network of a quarter of the size on squares of 224 px, trained in about an hour on a laptop."""
 
     model_settings: ClassVar[dict] = {
         **FeatureTrainingConfig.model_settings,
@@ -172,8 +174,8 @@ class FeatureObjective(nn.Module):
     The backbone runs once for each size. It is frozen, and sees every size in float32.
 
     Args:
-        model: what is trained.
-        backbone: makes the inputs and the targets.
+        model: the trained model.
+        backbone: computes the inputs and the targets.
         depths: the depths d, each at least 1.
     """
 
@@ -189,12 +191,12 @@ class FeatureObjective(nn.Module):
 
         Args:
             images: (B, 3, R, R) in [0, 1], R a multiple of patch_size * 2^max(depths).
-            generator: everything random is drawn from it.
+            generator: source of all randomness.
         Returns:
             `loss`, and its parts `loss_d<d>`, one for each depth.
         """
         pyramid = image_pyramid(images, max(self.depths))
-        # In float32 whatever autocast the model runs in: rounded targets are wrong targets.
+        # In float32 even if the model runs in autocast, to keep the targets exact.
         with torch.autocast(images.device.type, enabled=False):
             features = [self.backbone.encode(image).float() for image in pyramid]
         losses = {f"loss_d{depth}": self.depth_loss(depth, pyramid, features, generator) for depth in self.depths}
@@ -228,10 +230,10 @@ class EveryStepObjective(FeatureObjective):
 
 class FinalSizeObjective(FeatureObjective):
     """
-    JAFAR's loss of the result at the size of the image's features, for a model that goes there at once.
+    JAFAR's loss at the size of the image's features, for a model that upsamples to it in one call.
 
-    The mean of 1 - cosine over positions, and the mean squared error after both are scaled, position by position, so
-    that the target's channels span 0 to 1.
+    The mean of 1 - cosine over positions, and the mean squared error after scaling both, position by position, so
+    the target's channels span 0 to 1.
 
     Source: Couairon et al. 2025, section 3, and its published training; AnyUp uses the same.
     """
@@ -249,10 +251,10 @@ class FinalSizeObjective(FeatureObjective):
 
 class TrainedPeer(nn.Module):
     """
-    A published upsampler in training.
+    A published upsampler to be trained.
 
     Args:
-        network: has `upsample(features, image, size)`, see `UpsampleFeatures`.
+        network: a module with `upsample(features, image, size)`, see `UpsampleFeatures`.
     """
 
     def __init__(self, network: nn.Module):
@@ -263,14 +265,14 @@ class TrainedPeer(nn.Module):
         return self.network.upsample(features, image, size)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """One .safetensors file of the network's tensors, under the names that its authors gave them."""
+        """Save the network's tensors to a .safetensors file, with their published names."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
         save_file(tensors, Path(folder) / "diffusion_pytorch_model.safetensors")
 
 
 Method = tuple[Any, FeatureObjective, UpsampleFeatures]
-"""What is trained and saved, what it minimises, and how it upsamples."""
+"""The model to train and save, its objective, and its upsampling function."""
 
 
 def _make_uplift(config: FeatureTrainingConfig, backbone: FeatureBackbone, **changes) -> Method:
@@ -292,7 +294,7 @@ def _make_uplift(config: FeatureTrainingConfig, backbone: FeatureBackbone, **cha
 
 
 def _make_lift(config: FeatureTrainingConfig, backbone: FeatureBackbone) -> Method:
-    """LiFT of the same size: no Local Attender, and the image is encoded again, magnified, at every step."""
+    """LiFT of the same size: no Local Attender, and the upsampled image is encoded again at every step."""
     return _make_uplift(config, backbone, neighborhood=None, reencode_image=True)
 
 
@@ -300,16 +302,16 @@ METHODS: dict[str, Callable[[FeatureTrainingConfig, FeatureBackbone], Method]] =
     "uplift": _make_uplift,
     "lift": _make_lift,
 }
-"""By the name that `--method` takes; see `add_peer`."""
+"""Constructors by value of `--method`; see `add_peer`."""
 
 
 def add_peer(name: str, make_network: Callable[[FeatureSpace], nn.Module]) -> None:
     """
-    Let `--method` take a published upsampler that is trained by reconstruction, as JAFAR and AnyUp are.
+    Add a published upsampler that is trained by reconstruction, such as JAFAR or AnyUp, to `--method`.
 
     Args:
-        name: what `--method` takes.
-        make_network: a new network for the features of a space, with `upsample(features, image, size)`.
+        name: the value of `--method`.
+        make_network: makes a new network with `upsample(features, image, size)` for the features of a space.
     """
 
     def make(config: FeatureTrainingConfig, backbone: FeatureBackbone) -> Method:
@@ -321,19 +323,19 @@ def add_peer(name: str, make_network: Callable[[FeatureSpace], nn.Module]) -> No
 
 class FeatureValidation:
     """
-    Measures an upsampler on every photograph below a folder, squashed to a square and reduced two and four times.
+    Measures an upsampler on every photograph below a folder, resized to a square and downsampled by 2 and by 4.
 
     At both scales: `val_cosine`, the mean cosine between the result and the features of the square, and `val_mse`;
-    and the same of bilinear interpolation, which training has to beat. The picture has a row for each of the first
+    and both for bilinear interpolation, the baseline. The image has a row for each of the first
     photographs, at the largest scale, in the colours of the target's principal components: bilinear, prediction,
     target.
 
     Args:
-        upsample: what is measured.
-        backbone: makes the features.
+        upsample: the upsampling function.
+        backbone: computes the features.
         folder: searched recursively.
         resolution: edge of the square in pixels.
-        depths: of the reductions by 2**depth, where the backbone's patches fit.
+        depths: the square is downsampled by 2**depth, where the backbone's patches fit.
     """
 
     def __init__(
@@ -357,7 +359,7 @@ class FeatureValidation:
 
     @torch.no_grad()
     def __call__(self) -> Validation:
-        """Measure the weights that the model has now."""
+        """Measure the model with its current weights."""
         sums: dict[str, float] = {}
         rows = []
         for levels in self.batches:
@@ -385,14 +387,14 @@ class FeatureValidation:
 
 
 def image_pyramid(images: torch.Tensor, depth: int) -> list[torch.Tensor]:
-    """(B, 3, R, R) and its reductions by 2, 4, ..., 2**depth, each from the whole: bilinear and antialiased."""
+    """(B, 3, R, R), and it downsampled by 2, 4, ..., 2**depth, each from the original: bilinear and antialiased."""
     size = images.shape[-1]
     return [resize_bilinear(images, (size // 2**level,) * 2) for level in range(depth + 1)]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """
-    Train an upsampler of features as `arguments` say, by default those of the process.
+    Train an upsampler of features; the arguments are by default those of the process.
 
     Returns:
         The exit code: 0, or 1 after one line on stderr about an expected error. Wrong flags exit with 2.
@@ -401,7 +403,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse_recipe(arguments: list[str] | None = None) -> tuple[FeatureTrainingConfig, str]:
-    """The configuration that the command line names, and the command that selects it."""
+    """The configuration selected by the command line, and the command that selects it."""
     chosen, settings, rest = parse_choices({"recipe": tuple(RECIPES)}, arguments)
     recipe = chosen["recipe"]
     config = parse_config(

@@ -18,18 +18,18 @@ class MultiDepthObjective(nn.Module):
     The sum over depths d and steps k of mean((step_k - latents of the image at that size)^2).
 
     For every depth d the model starts from the latents and the image at 1/2^d of the resolution and takes d steps.
-    With `pixel_weight`, the last step of one depth, drawn at random, is also decoded, made consistent with its input
-    as the super-resolution pipeline does, and compared with the image (L1 on [0, 1]). Degraded starting images teach
-    the model to clean them: the targets stay clean.
+    With `pixel_weight`, the last step of one random depth is also decoded, made consistent with its input
+    as in the super-resolution pipeline, and compared with the image (L1 on [0, 1]). With degraded inputs, the model
+    learns to restore them, because the targets stay clean.
 
     Args:
-        model: what is trained.
+        model: the trained model.
         vae: frozen; its latents are the targets.
         space: the VAE's latent space.
         depths: the depths d, each at least 1.
         latent_noise: standard deviation of the noise added to the starting latents, in raw units.
         pixel_weight: weight of the loss in decoded pixels, for a VAE that is cheap to decode.
-        degraded_probability: share of the starting images that `degrade` degrades.
+        degraded_probability: share of the input images that are degraded with `degrade`.
         cache: stored latents of that VAE.
     Source: Walmer et al. 2026, section 3.3, equations for L_simple and L_d.
     """
@@ -62,7 +62,7 @@ class MultiDepthObjective(nn.Module):
 
         Args:
             images: (B, 3, R, R) in [0, 1], R a multiple of spatial_factor * 2^max(depths).
-            generator: everything random is drawn from it.
+            generator: source of all randomness.
         Returns:
             `loss`, and its parts: `loss_d<d>`, the latent terms of each depth, and `pixel`, the L1 in decoded pixels.
         """
@@ -99,7 +99,7 @@ class MultiDepthObjective(nn.Module):
     def _start(
         self, image: torch.Tensor, latents: torch.Tensor, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The image (B, 3, r, r) that a depth starts from, its latents, and (B,) how much there is to clean."""
+        """The input image (B, 3, r, r) of a depth, its latents, and (B,) the strength of its degradation."""
         if not self.degraded_probability:
             return image, latents, image.new_zeros(len(image))
         image, denoise = degrade(image, probability=self.degraded_probability, generator=generator)

@@ -1,4 +1,4 @@
-"""What a run writes about itself: figures in metrics.jsonl and a tracker, measurements on held-out photographs."""
+"""Logging of a run to metrics.jsonl and a tracker, and validation on held-out photographs."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -28,14 +28,14 @@ VALIDATION_DEPTHS = (1, 2)
 VALIDATION_RESOLUTION = 256
 VALIDATION_BATCH = 4
 ROWS = 4
-"""Photographs in the picture of a validation."""
+"""Rows in the image of a validation."""
 
 
 class Validation(NamedTuple):
     """
     Args:
-        figures: what was measured, by name.
-        pictures: to look at, by name.
+        figures: measured values by name.
+        pictures: images by name.
     """
 
     figures: dict[str, float]
@@ -44,13 +44,13 @@ class Validation(NamedTuple):
 
 class RunLog:
     """
-    Writes the lines and pictures of a run below its folder, in the main process only.
+    Writes the log and the validation images of a run, in the main process only.
 
     Args:
         output_dir: the run's folder.
-        accelerator: has the trackers.
-        step: the step that the run continues from. Lines after it, of a process that was killed, are dropped.
-        settings: shown by trackers.
+        accelerator: holds the trackers.
+        step: the step that the run continues from. Later lines, from a killed process, are dropped.
+        settings: settings for the trackers.
     """
 
     def __init__(self, output_dir: Path, *, accelerator: Accelerator, step: int, settings: Mapping[str, Any]):
@@ -75,7 +75,7 @@ class RunLog:
                 file.write(line + "\n")
 
     def write_validation(self, step: int, validation: Validation) -> None:
-        """Append a line of figures and save the pictures as validation/<name>-<step>.png."""
+        """Append a line of figures and save the images as validation/<name>-<step>.png."""
         self.write(step, validation.figures)
         for name, picture in validation.pictures.items():
             folder = self.output_dir / "validation"
@@ -86,13 +86,13 @@ class RunLog:
                 tracker.log_images({name: np.asarray(picture)[None]}, step=step, **layout)
 
     def close(self) -> None:
-        """Let trackers write what they have not written yet."""
+        """Flush and close the trackers."""
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl that are whole."""
+    """The complete lines of metrics.jsonl."""
     path = output_dir / METRICS
     # A process that was killed may have left half a line at the end.
     lines = [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
@@ -109,23 +109,23 @@ def _truncate(path: Path, step: int) -> None:
 
 Upsample = Callable[[torch.Tensor, int, torch.Tensor, torch.Generator], torch.Tensor]
 """
-(image, depth, denoise, generator) -> raw latents: (B, 3, H, W) in [0, 1] and (B,) in [0, 1], how much there is to
-clean, to (B, C, 2**depth * h, 2**depth * w), with the weights that the model has at that moment.
+(image, depth, denoise, generator) -> raw latents: (B, 3, H, W) in [0, 1] and (B,) in [0, 1], the denoising strength,
+to (B, C, 2**depth * h, 2**depth * w), with the model's current weights.
 """
 
 
 class UpsamplerValidation:
     """
-    Measures an upsampler on one crop of 256 px of every photograph below a folder, reduced two and four times.
+    Measures an upsampler on one crop of 256 px of every photograph below a folder, downsampled by 2 and by 4.
 
     At both scales: `val_psnr` in dB, of the decoded result against the crop; `val_latent_mse`, of the result against
-    the crop's latents; and `val_latent_mse_bilinear`, of bilinear interpolation, which training has to beat. With
-    `jpeg_qualities` also `val_psnr_<scale>x_jpeg<quality>`, where the reduced crop is a JPEG. The picture has a row
-    for each of the first photographs, at four times the input: input, bilinear, prediction and target.
+    the crop's latents; and `val_latent_mse_bilinear`, of bilinear interpolation, the baseline. With
+    `jpeg_qualities` also `val_psnr_<scale>x_jpeg<quality>`, for a downsampled crop saved as JPEG. The image has a row
+    for each of the first photographs, at 4x: input, bilinear, prediction and target.
 
     Args:
-        upsample: what is measured.
-        vae: makes and decodes the latents.
+        upsample: the upsampling function.
+        vae: encodes and decodes the latents.
         space: the VAE's latent space.
         folder: searched recursively.
         jpeg_qualities: Pillow's qualities of JPEG inputs.
@@ -150,7 +150,7 @@ class UpsamplerValidation:
 
     @torch.no_grad()
     def __call__(self) -> Validation:
-        """Measure the weights that the model has now. The noise is the same every time."""
+        """Measure the model with its current weights. The noise is the same every time."""
         generator = torch.Generator().manual_seed(0)
         sums: dict[str, float] = {}
         rows = []
@@ -181,13 +181,13 @@ class UpsamplerValidation:
 
 
 def validation_crops(folder: str | Path) -> torch.Tensor:
-    """(N, 3, 256, 256) in [0, 1]: a crop of every photograph below `folder`, always the same ones."""
+    """(N, 3, 256, 256) in [0, 1]: a crop of every photograph below `folder`, always the same."""
     photographs = Photographs(FolderSource(folder), Crop(resolution=VALIDATION_RESOLUTION))
     return torch.stack([photographs[0, index] for index in range(len(photographs))]).float() / 255
 
 
 def picture_of(rows: list[torch.Tensor]) -> Image.Image:
-    """Images (3, H, W) in [0, 1], one below the other."""
+    """Images (3, H, W) in [0, 1], stacked vertically."""
     return Image.fromarray(torch.cat(rows, dim=1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 

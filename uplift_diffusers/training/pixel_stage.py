@@ -1,7 +1,7 @@
 """
-The first stage of the embedded recipe: the encoder's stem learns to enlarge pixels, without a VAE in the loop.
+The first stage of the embedded recipe: the encoder's stem is trained to upsample pixels, without a VAE.
 
-A step costs a fraction of one of the whole upsampler, which then starts from the trained stem (`--initial_stem`).
+A step costs a fraction of a step of the whole upsampler, which then starts from the trained stem (`--initial_stem`).
 """
 
 from pathlib import Path
@@ -24,14 +24,14 @@ from uplift_diffusers.training.monitoring import VALIDATION_BATCH, Validation, p
 SCALES = (2, 4)
 
 RESIDUAL_SCALE = 0.1
-"""Factor of what the heads add to the bicubic enlargement: with it they learn at the same rate as the stem."""
+"""Factor of the heads' output, which is added to the bicubic upsampling; it balances their learning rate."""
 
 
 class PixelStageModel(ModelMixin, ConfigMixin):
     """
     The stem of an [`UPLiFTModel`]'s encoder with a pixel-shuffle head for each of the scales 2 and 4.
 
-    A head is one 3x3 convolution that starts at zero. Its output is added to the bicubic enlargement of the image.
+    A head is one 3x3 convolution, initialised to zero. Its output is added to the bicubic upsampling of the image.
 
     Args:
         stem_channels (`int`): width of the stem; `encoder_stem_channels` of the upsampler.
@@ -39,7 +39,7 @@ class PixelStageModel(ModelMixin, ConfigMixin):
         convs_per_block (`int`): 3x3 convolutions in a block; `encoder_convs_per_block` of the upsampler.
         norm_type (`str`): norm of the blocks; `norm_type` of the upsampler.
         image_normalization (`str`): `image_normalization` of the upsampler.
-        denoise_channel (`bool`): the stem sees a fourth channel, how much there is to clean; `denoise_channel` of the
+        denoise_channel (`bool`): the stem has a fourth input channel, the denoising strength; `denoise_channel` of the
             upsampler.
     """
 
@@ -67,12 +67,12 @@ class PixelStageModel(ModelMixin, ConfigMixin):
 
     def forward(self, image: torch.Tensor, *, scale: int, denoise: torch.Tensor) -> torch.Tensor:
         """
-        Enlarge images.
+        Upscale images.
 
         Args:
             image: (B, 3, H, W) in [0, 1].
             scale: 2 or 4.
-            denoise: (B,) in [0, 1], how much there is to clean.
+            denoise: (B,) in [0, 1], the denoising strength.
         Returns:
             (B, 3, scale * H, scale * W), float32, not clamped.
         """
@@ -85,15 +85,15 @@ class PixelStageModel(ModelMixin, ConfigMixin):
 
 class PixelObjective(nn.Module):
     """
-    L1 between the enlarged and the large images, on [0, 1], at 2x and at 4x.
+    L1 between upscaled images and targets, on [0, 1], at 2x and at 4x.
 
-    The images of a batch are turned by multiples of 90 degrees; the last `batch_4x` are reduced four times, and of the
-    others a square of half the edge is reduced twice, so that the model sees inputs of one size.
+    The images of a batch are rotated by multiples of 90 degrees. The last `batch_4x` are downsampled by 4; from the
+    others, a square of half the edge is downsampled by 2, so all inputs have the same size.
 
     Args:
-        model: what is trained.
-        batch_4x: images of a batch that are enlarged four times.
-        degraded_probability: share of the inputs that `degrade` degrades.
+        model: the trained model.
+        batch_4x: number of images in a batch for 4x.
+        degraded_probability: share of the inputs that are degraded with `degrade`.
     """
 
     def __init__(self, model: PixelStageModel, *, batch_4x: int, degraded_probability: float):
@@ -108,7 +108,7 @@ class PixelObjective(nn.Module):
 
         Args:
             images: (B, 3, R, R) in [0, 1], B > batch_4x, R a multiple of 4.
-            generator: everything random is drawn from it.
+            generator: source of all randomness.
         Returns:
             `l1_2x`, `l1_4x`, and `loss`, their sum.
         """
@@ -127,16 +127,16 @@ class PixelObjective(nn.Module):
 
 class PixelValidation:
     """
-    Measures a `PixelStageModel` on the crops of `validation_crops`, reduced two and four times.
+    Measures a `PixelStageModel` on the crops of `validation_crops`, downsampled by 2 and by 4.
 
-    `val_psnr_<scale>x` in dB from clean inputs, `val_psnr_<scale>x_jpeg<quality>` from JPEGs. The picture has a row
-    for each of the first photographs, at four times the input: input, bicubic, prediction and target.
+    `val_psnr_<scale>x` in dB from clean inputs, `val_psnr_<scale>x_jpeg<quality>` from JPEGs. The image has a row
+    for each of the first photographs, at 4x: input, bicubic, prediction and target.
 
     Args:
-        model: what is measured.
+        model: the model to measure.
         folder: searched recursively.
         jpeg_qualities: Pillow's qualities of JPEG inputs.
-        rows: photographs in the picture.
+        rows: rows in the image.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class PixelValidation:
 
     @torch.no_grad()
     def __call__(self) -> Validation:
-        """Measure the weights that the model has now."""
+        """Measure the model with its current weights."""
         sums: dict[str, float] = {}
         rows: list[torch.Tensor] = []
         for part in self.images.split(VALIDATION_BATCH):
@@ -173,7 +173,7 @@ class PixelValidation:
         strength: float,
         sums: dict[str, float],
     ) -> torch.Tensor:
-        """Add the PSNR of every enlarged image, clamped and rounded to 8 bits, to `sums[name]`; returns the images."""
+        """Add the PSNR of every upscaled image, clamped and rounded to 8 bits, to `sums[name]`; returns the images."""
         denoise = torch.full((len(small),), strength, device=small.device)
         enlarged = (self.model(small, scale=scale, denoise=denoise).clamp(0, 1) * 255).round() / 255
         psnr = psnr_from_mse((enlarged - target).square().mean(dim=(1, 2, 3)))
@@ -183,11 +183,11 @@ class PixelValidation:
 
 def load_stem(folder: str | Path) -> PixelStageModel:
     """
-    The result of the pixel stage, whose `stem` the encoder of an upsampler starts from.
+    The result of the pixel stage. Its `stem` initialises the encoder of an upsampler.
 
     Raises:
         OSError: there is no model in the folder.
-        ValueError: it is a model of another class.
+        ValueError: the model is of another class.
     """
     config: Any = PixelStageModel.load_config(folder)
     name = config.get("_class_name")

@@ -23,7 +23,7 @@ from uplift_diffusers.training.monitoring import METRICS, read_metrics
 logger = get_logger(__name__)
 
 PUBLISHED = ["README.md", "config.json", "diffusion_pytorch_model*.safetensors*", METRICS]
-"""What goes to the hub: no checkpoints, and no validation pictures, which are other people's photographs."""
+"""Files to upload: no checkpoints, and no validation images, which show other people's photographs."""
 
 _NOT_A_RECIPE = {
     "output_dir",
@@ -78,9 +78,9 @@ model = {kind}.from_pretrained("{repository}")
 
 def create_repository(config: TrainingConfig) -> str | None:
     """
-    Create the repository that the result will go to, if it is to go to one, and return its name.
+    Create the repository for the result, if it is to be uploaded, and return its name.
 
-    Called before training, so that a missing permission ends the run before the work.
+    Called before training, so a missing permission is found early.
     """
     if not config.push_to_hub:
         return None
@@ -95,11 +95,11 @@ def publish(
     Write the model card of a finished run, and upload the result.
 
     Args:
-        model: what was trained.
+        model: the trained model.
         config: the settings it was trained with.
         accelerator: the accelerator of the run.
-        command: the command without the flags that follow from `config`.
-        repository: from `create_repository`; None does not upload.
+        command: the command without the flags for `config`.
+        repository: from `create_repository`; None for no upload.
     """
     output_dir = Path(config.output_dir)
     card = model_card(model, config, accelerator=accelerator, command=command, repository=repository)
@@ -152,7 +152,7 @@ def model_card(
 
 
 def _flags(config: TrainingConfig) -> list[str]:
-    """The flags that turn the defaults into `config`, without those that change nothing in the result."""
+    """The flags that turn the defaults into `config`, without those that do not affect the result."""
     flags = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -167,7 +167,7 @@ def _flags(config: TrainingConfig) -> list[str]:
 
 
 def _public_module(model: ModelMixin) -> str:
-    """Where to import the class of `model` from: its package, or its module if the package does not export it."""
+    """The module to import the class of `model` from: its package, if it exports the class, else its own module."""
     module = type(model).__module__
     package = module.partition(".")[0]
     return package if hasattr(importlib.import_module(package), type(model).__name__) else module
@@ -179,7 +179,7 @@ def _hub_id(name: str | None) -> str | None:
 
 
 def _public(value: Any) -> Any:
-    """Absolute paths, which say more about a machine than about a model, are cut to their last part."""
+    """Shorten absolute paths, which describe the machine and not the model, to their last part."""
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 

@@ -1,4 +1,4 @@
-"""Recipes: what `train_latent.py` trains, by which method, and with which settings."""
+"""Recipes of `train_latent.py`: configurations for every method."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,27 +27,27 @@ from uplift_diffusers.training.monitoring import UpsamplerValidation
 from uplift_diffusers.training.pixel_stage import PixelObjective, PixelStageModel, PixelValidation, load_stem
 
 CFM_VALIDATION_STEPS = 4
-"""Euler steps in validation: enough to follow a training, and cheap."""
+"""Euler steps in validation: cheap, and enough to follow a training."""
 
 VALIDATION_QUALITIES = (90, 75)
-"""JPEG qualities that are validated where the training has degraded inputs."""
+"""JPEG qualities for validation if the training has degraded inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentTrainingConfig(TrainingConfig):
-    """The settings of every method that works on the latents of a VAE; data and size are the paper's for SD1.5."""
+    """The settings of all methods for the latents of a VAE; data and sizes are those of the paper for SD1.5."""
 
     vae: str = option(
-        "stable-diffusion-v1-5/stable-diffusion-v1-5", "A VAE, or a pipeline that has one: a local folder or a hub id."
+        "stable-diffusion-v1-5/stable-diffusion-v1-5", "A VAE, or a pipeline with one: a local folder or a hub id."
     )
-    latent_space: str | None = option(None, "Declares the VAE's latent space where its config does not say it.")
+    latent_space: str | None = option(None, "The VAE's latent space, if its config does not determine it.")
     resolution: int = option(1024)
     random_crop: bool = option(False)
     train_batch_size: int = option(1)
     max_train_steps: int | None = option(None)
     num_train_epochs: int | None = option(5)
     depths: tuple[int, ...] = option((1, 2), "Depths d: from 1/2^d of the resolution to all of it.")
-    latent_cache_dir: str | None = option(None, "Folder that keeps the VAE's latents, so that each is computed once.")
+    latent_cache_dir: str | None = option(None, "Folder for a cache of the VAE's latents.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -65,8 +65,8 @@ class LatentTrainingConfig(TrainingConfig):
         Load the VAE and make a new model for its latents.
 
         Raises:
-            OSError: the VAE cannot be loaded, or the latent cache not be written.
-            ValueError: the crops do not suit the model.
+            OSError: the VAE cannot be loaded, or the latent cache cannot be written.
+            ValueError: the resolution does not suit the model.
         """
         vae: Any = load_vae(self.vae)
         vae.to(device)
@@ -76,7 +76,7 @@ class LatentTrainingConfig(TrainingConfig):
             yield self.make_task(vae, space, cache=opened)
 
     def make_task(self, vae: Autoencoder, space: LatentSpace, *, cache: LatentCache | None = None) -> Task:
-        """A new model for the latents of `vae` and what it minimises."""
+        """A new model for the latents of `vae`, and its objective."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it trains.")
 
     def _check_resolution(self, multiple: int, reason: str) -> None:
@@ -100,7 +100,7 @@ class EmbeddedDefaults(LatentTrainingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class UpsamplerTrainingConfig(LatentTrainingConfig):
-    """The paper's recipe for the SD1.5 VAE: every depth in every step, L2 on every intermediate result."""
+    """The paper's recipe for the SD1.5 VAE: all depths in every step, L2 on every intermediate result."""
 
     model_settings: ClassVar[dict] = {}
     """Constructor arguments of UPLiFTModel; `latent_channels`, `spatial_factor` and `latent_space` are the VAE's."""
@@ -109,11 +109,11 @@ class UpsamplerTrainingConfig(LatentTrainingConfig):
     lr_warmup_steps: int = option(0)
     use_ema: bool = option(False)
     depths: tuple[int, ...] = option((1, 2, 3, 4), "Depths d: from 1/2^d of the resolution in d steps of 2x.")
-    latent_noise: float = option(1.0, "Deviation of the noise added to the starting latents, in raw units.")
-    pixel_weight: float = option(0.0, "Weight of the L1 loss between a decoded, consistent last step and the image.")
-    initial_stem: str | None = option(None, "Result of --stage pixels, whose stem the encoder starts from.")
-    pretrained_model: str | None = option(None, "An upsampler of these latents to train on, instead of a new one.")
-    degraded_probability: float = option(0.0, "Share of the starting images with JPEG damage, noise or blur.")
+    latent_noise: float = option(1.0, "Standard deviation of the noise added to the input latents, in raw units.")
+    pixel_weight: float = option(0.0, "Weight of the L1 loss between the decoded last step and the image.")
+    initial_stem: str | None = option(None, "Result of --stage pixels; its stem initialises the encoder's.")
+    pretrained_model: str | None = option(None, "A trained upsampler for these latents to start from.")
+    degraded_probability: float = option(0.0, "Share of the input images with JPEG artefacts, noise or blur.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -126,8 +126,9 @@ class UpsamplerTrainingConfig(LatentTrainingConfig):
 
     def make_task(self, vae: Autoencoder, space: LatentSpace, *, cache: LatentCache | None = None) -> Task:
         """
-        What minimises the recipe's loss over a new UPLiFTModel, whose linear part is to be fitted before the training,
-        or over the one named in `pretrained_model`, which keeps its own settings.
+        A new UPLiFTModel, or the one in `pretrained_model` with its settings, and the recipe's objective.
+
+        The linear part of a new model is fitted before the training.
         """
         self._check_resolution(space.spatial_factor * 2 ** max(self.depths), f"depth {max(self.depths)}")
         if self.pretrained_model is not None:
@@ -192,7 +193,7 @@ class UpsamplerTrainingConfig(LatentTrainingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedTrainingConfig(EmbeddedDefaults, UpsamplerTrainingConfig):
-    """The embedded bundle's upsampler, trained on photographs with a term in decoded pixels."""
+    """The embedded bundle's upsampler, trained on photographs with an additional loss on decoded pixels."""
 
     model_settings: ClassVar[dict] = {
         "encoder_block_out_channels": (128, 128),
@@ -222,7 +223,7 @@ class EmbeddedTrainingConfig(EmbeddedDefaults, UpsamplerTrainingConfig):
 
 LIFT_SETTINGS = {"neighborhood": None, "reencode_image": True, "image_residual": False}
 """
-What makes an UPLiFTModel a LiFT: no Local Attender, and the image is magnified and encoded again at every step.
+Arguments that make a UPLiFTModel a LiFT: no Local Attender, and the upsampled image is encoded again at every step.
 
 With the training depth of 1 these are the differences that the UPLiFT paper names. The image residual of the embedded
 recipe is in neither paper, so the baseline has none; its refiner adds its input to its output instead. Everything else
@@ -300,15 +301,15 @@ class EmbeddedCFMTrainingConfig(EmbeddedDefaults, CFMTrainingConfig):
 class PixelTrainingConfig(TrainingConfig):
     """The first stage of the embedded recipe, `--stage pixels`: the encoder's stem, trained on pixels."""
 
-    resolution: int = option(192, "Edge of the 4x crops in pixels; those of 2x have half of it.")
+    resolution: int = option(192, "Edge of the 4x crops in pixels; the 2x crops have half of it.")
     max_reduction: float = option(2.0)
     train_batch_size: int = option(13)
-    batch_4x: int = option(5, "Images of a batch that are enlarged four times; the others are enlarged twice.")
+    batch_4x: int = option(5, "Images per batch for 4x; the others are for 2x.")
     max_train_steps: int | None = option(20_000)
     adam_beta2: float = option(0.99)
     lr_floor: float = option(0.02)
     max_grad_norm: float = option(0.3)
-    degraded_probability: float = option(0.45, "Share of the inputs with JPEG damage, noise or blur.")
+    degraded_probability: float = option(0.45, "Share of the inputs with JPEG artefacts, noise or blur.")
     stem_channels: int = option(48, "Width of the stem.")
     stem_layers: int = option(10, "Residual blocks of the stem, of two 3x3 convolutions each.")
 
@@ -352,11 +353,11 @@ RECIPES: dict[str, dict[str, type[LatentTrainingConfig]]] = {
 
 def parse_recipe(arguments: list[str] | None = None) -> tuple[TrainingConfig, str]:
     """
-    The configuration that the command line names, by default that of the process, and the command that selects it.
+    The configuration selected by the command line, by default that of the process, and the command that selects it.
 
     Raises:
-        OSError: the file that --config names cannot be read.
-        ValueError: it is not a mapping in YAML, or the recipe has no such stage.
+        OSError: the --config file cannot be read.
+        ValueError: the file is not a YAML mapping, or the recipe has no such stage.
         SystemExit: a flag is wrong.
     """
     choices = {"recipe": tuple(RECIPES), "method": tuple(RECIPES["sd15"]), "stage": ("upsampler", "pixels")}
@@ -373,7 +374,7 @@ def parse_recipe(arguments: list[str] | None = None) -> tuple[TrainingConfig, st
         config_class,
         rest,
         settings=settings,
-        description="Train an upsampler of the latents of a VAE. "
+        description="Train an upsampler for the latents of a VAE. "
         + "; ".join(f"--{name} {' | '.join(values)}" for name, values in choices.items())
         + f". The settings of {', '.join(chosen.values())}:",
     )
@@ -388,7 +389,7 @@ def check_probability(name: str, value: float) -> None:
 
 
 def _start_from(stage: PixelStageModel, model: UPLiFTModel) -> None:
-    """Give the stem of `model` the weights of the pixel stage."""
+    """Load the weights of the pixel stage into the stem of `model`."""
     names = {"convs_per_block": "encoder_convs_per_block", "norm_type": "norm_type"}
     names["image_normalization"] = "image_normalization"
     for name, name_there in names.items():

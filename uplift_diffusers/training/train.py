@@ -1,5 +1,6 @@
 """
-Training, from the command line to the model card: one loop for every model, exact to resume, on one process or many.
+Training, from the command line to the model card: one loop for all models, with exact resume, in one or more
+processes.
 
     accelerate launch train_latent.py --recipe sd15 --train_data_dir photos --output_dir runs/uplift
     accelerate launch train_latent.py --config run.yaml --resume_from_checkpoint latest
@@ -63,7 +64,7 @@ from uplift_diffusers.training.recipes import parse_recipe
 logger = get_logger(__name__)
 
 MAX_NAMED = 20
-"""Files that cannot be read are named one by one up to here."""
+"""At most this many unreadable files are listed one by one."""
 
 _TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
 _SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
@@ -73,7 +74,7 @@ _EXPECTED = (OSError, ValueError, TypeError, ImportError, FloatingPointError, HT
 
 def main(arguments: list[str] | None = None) -> int:
     """
-    Train an upsampler as `arguments` say, by default those of the process.
+    Train an upsampler; the arguments are by default those of the process.
 
     Returns:
         The exit code: 0, or 1 after one line on stderr about an expected error. Wrong flags exit with 2.
@@ -82,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Run `command`, show what this package logs meanwhile, and turn an expected error into one line and a 1."""
+    """Run `command`, show this package's log, and turn an expected error into one line and the exit code 1."""
     try:
         with _log_on_stderr():
             command()
@@ -145,25 +146,25 @@ def train(
     """
     Minimise `objective` over photographs and save the result.
 
-    Randomness has no state: order and crops follow from (seed, epoch, index), noise from (seed, step, process). So a
-    run that is resumed with its settings repeats the uninterrupted one: bit by bit on the CPU in float32; on a GPU, as
+    Randomness is stateless: order and crops depend on (seed, epoch, index), noise on (seed, step, process). So a
+    resumed run with the same settings equals the uninterrupted one: bit for bit on the CPU in float32; on a GPU, as
     far as its kernels are deterministic.
 
     Args:
-        model: what is trained, saved and averaged.
-        objective: holds `model`, see `Task`.
+        model: the model to train, average and save.
+        objective: contains `model`, see `Task`.
         config: the settings.
-        accelerator: made before the models, so that every process initialises them alike.
-        photographs: what is trained on; by default what `config` names.
-        prepare: called before the first step of a new run, not of a resumed one.
-        validate: called with the averaged weights in place; what it returns is logged.
+        accelerator: made before the models, so every process initialises them identically.
+        photographs: the training data; by default from `config`.
+        prepare: called before the first step of a new run, but not of a resumed one.
+        validate: called with the averaged weights; its result is logged.
     Returns:
-        `config.output_dir`, which now holds the model as `from_pretrained` loads it.
+        `config.output_dir`, which then holds the model for `from_pretrained`.
     Raises:
-        FileNotFoundError: no photographs, or no checkpoint where one was required.
+        FileNotFoundError: there are no photographs, or a required checkpoint is missing.
         FileExistsError: `config.output_dir` holds checkpoints of another run, and none is to be resumed.
-        ValueError: the checkpoint was written for another model.
-        FloatingPointError: the loss stopped being finite.
+        ValueError: the checkpoint belongs to another model.
+        FloatingPointError: the loss is no longer finite.
         OSError: a checkpoint or the result cannot be written; the last checkpoint is unchanged.
     """
     # 1. What there is to do
@@ -256,7 +257,7 @@ def train(
         saves = state.step % config.checkpointing_steps == 0 or last
         validates = validate is not None and (state.step % validation_steps == 0 or last)
         if logs or saves:
-            # In one order on every process: they are added up by their place, and a loss may be known sooner on one.
+            # Sorted, because the values are summed by position, and their order may differ between processes.
             reduced: Any = accelerator.reduce(dict(sorted(state.sums.items())), reduction="mean")
             state.sums = reduced
             if not torch.isfinite(state.sums["loss"]):
@@ -300,7 +301,7 @@ def _steps_of_epochs(epochs: int | None, photographs: Photographs | StreamedPhot
 
 def open_photographs(config: TrainingConfig) -> Photographs | StreamedPhotographs:
     """
-    The photographs that `config` names. Files that cannot be read are left out and listed in `source.unreadable`.
+    The photographs of `config`. Unreadable files are skipped and listed in `source.unreadable`.
 
     Raises:
         Exception: as `open_source` and `load_dataset` do.
@@ -323,12 +324,12 @@ def open_photographs(config: TrainingConfig) -> Photographs | StreamedPhotograph
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """
-    The accelerator of a run. It sets the seed of initialisation, so call this before a network is made.
+    The accelerator of a run. It also sets the seed of initialisation, so call this before making a network.
 
     Raises:
-        ImportError: the tracker that `config.report_to` names is not installed.
-        ValueError: launched so that weights or optimiser states are split over processes, which checkpoints here
-            cannot hold; or fp16 on a device without it.
+        ImportError: the tracker `config.report_to` is not installed.
+        ValueError: the launcher shards weights or optimiser states, which checkpoints do not support; or fp16 is not
+            supported on the device.
     """
     tracker = None if config.report_to == "none" else config.report_to
     if tracker is not None and not _TRACKERS[tracker]():
@@ -355,7 +356,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
 
 def _choose_precision(config: TrainingConfig, device: torch.device) -> str:
-    """What `config.mixed_precision` asks for; `auto` keeps that of the run to resume, else looks at the machine."""
+    """The precision of `config.mixed_precision`; `auto` is that of the resumed run, else the fastest on the device."""
     if config.mixed_precision != "auto":
         return config.mixed_precision
     checkpoint = None
@@ -371,7 +372,7 @@ def _choose_precision(config: TrainingConfig, device: torch.device) -> str:
 
 
 def _checkpoint_to_resume(config: TrainingConfig) -> Path | None:
-    """The checkpoint that `config.resume_from_checkpoint` asks for. Damaged newer ones are named."""
+    """The checkpoint for `config.resume_from_checkpoint`. Damaged newer ones are logged."""
     output_dir = Path(config.output_dir)
     if config.resume_from_checkpoint is None:
         if there := list_checkpoints(output_dir):
@@ -414,7 +415,7 @@ def _log_unreadable(photographs: Photographs | StreamedPhotographs) -> None:
 
 @contextmanager
 def _log_on_stderr() -> Iterator[None]:
-    """Show what this package logs, information too, on stderr: of the first process only, and only in this block."""
+    """Show this package's log from level INFO on stderr, in the first process and within this block only."""
     package = logging.getLogger(__name__.partition(".")[0])
     handler, level = logging.StreamHandler(), package.level
     handler.setLevel(logging.INFO if process_share()[0] == 0 else logging.ERROR)

@@ -1,4 +1,4 @@
-"""Photographs with labels or depths for every pixel, in the layouts in which the data sets are published."""
+"""Photographs with labels or depths for every pixel, in the published layouts of the data sets."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from torch.utils.data import Dataset
 from uplift_diffusers.images.files import find_image_files, open_image
 
 IGNORED = 255
-"""The class of pixels that count neither in training nor in scores."""
+"""The class of pixels that are ignored in training and scores."""
 
 UNKNOWN = -1
 
 IMAGE_SIZE = 448
-"""Pixels a side: of the short side before the centre crop, and of the crop."""
+"""Edge in pixels: of the short side before the centre crop, and of the crop."""
 
 # The 182 classes of COCO-Stuff in the order of their numbers, 0 to 181: first number and coarse class of every run.
 _COCO_RUNS = (
@@ -29,12 +29,12 @@ _COCO_RUNS = (
     "159:24 160:15 161:24 162:22 163:25 164:15 165:20 166:17 168:22 169:14 170:18 177:26 179:19 181:24 182:"
 )
 _CITYSCAPES_CLASSES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-"""The numbers in `labelIds` of the 19 classes that are scored; the others of the 34 are ignored."""
+"""The values in `labelIds` of the 19 scored classes; the other 15 are ignored."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A photograph and the file with the values of its pixels."""
+    """A photograph and the file with the target values of its pixels."""
 
     name: str
     image: Path
@@ -44,11 +44,11 @@ class Pair:
 @dataclass(frozen=True)
 class Classes:
     """
-    What the values in label files mean.
+    The meaning of the values in label files.
 
     Args:
         count: number of classes.
-        of_value: (256,), the class of each value, `IGNORED`, or `UNKNOWN` for a value that must not occur.
+        of_value: (256,), the class of each value, `IGNORED`, or `UNKNOWN` for an invalid value.
     """
 
     count: int
@@ -71,8 +71,8 @@ class LabelledImages(Dataset):
 
     Args:
         pairs: at least one.
-        classes: what the label files hold.
-        size: pixels a side.
+        classes: meaning of the values in the label files.
+        size: edge in pixels.
     """
 
     def __init__(self, pairs: Sequence[Pair], classes: Classes, *, size: int = IMAGE_SIZE):
@@ -86,7 +86,7 @@ class LabelledImages(Dataset):
         Returns:
             The image, (3, size, size) float in [0, 1], and the classes, (size, size) int64.
         Raises:
-            ValueError: a value that is no class, or a label of another size than the photograph.
+            ValueError: a value is not a class, or a label has another size than its photograph.
             OSError: a file cannot be read.
         """
         pair = self.pairs[index]
@@ -97,12 +97,12 @@ class LabelledImages(Dataset):
 
 class DepthImages(Dataset):
     """
-    Squares of photographs with a depth for every pixel; no depth is 0.
+    Squares of photographs with a depth for every pixel; 0 means no depth.
 
     Args:
         pairs: at least one; targets are .npy of floats or 16-bit .png.
-        units_per_metre: of the values in the files.
-        size: pixels a side.
+        units_per_metre: unit of the values in the files.
+        size: edge in pixels.
     """
 
     def __init__(self, pairs: Sequence[Pair], *, units_per_metre: float = 1.0, size: int = IMAGE_SIZE):
@@ -120,7 +120,7 @@ class DepthImages(Dataset):
 
 
 class Squares(Dataset):
-    """Squares of photographs without any target."""
+    """Squares of photographs without targets."""
 
     def __init__(self, images: Sequence[Path], *, size: int = IMAGE_SIZE):
         self.images, self.size = list(images), size
@@ -139,12 +139,12 @@ def open_dataset(name: str, folder: str | Path, split: str, *, size: int = IMAGE
 
     Args:
         name: one of `DATASETS`.
-        folder: where it was unpacked.
-        split: "train" or "val"; CamVid's published test part is its "val", as in the literature.
-        size: pixels a side of the squares.
+        folder: the unpacked data set.
+        split: "train" or "val"; for CamVid, "val" is the published test split, as in the literature.
+        size: edge of the squares in pixels.
     Raises:
-        FileNotFoundError: the layout is not there, or a photograph has no label.
-        ValueError: unknown name.
+        FileNotFoundError: the layout is different, or a photograph has no label.
+        ValueError: the name is unknown.
     """
     if name not in DATASETS:
         raise ValueError(f"`dataset` must be one of {tuple(DATASETS)}, got {name!r}.")
@@ -174,7 +174,7 @@ def pair_folders(images: str | Path, targets: str | Path, *, suffixes: Sequence[
         missing += [] if candidates else [str(name)]
     if not pairs:
         raise FileNotFoundError(
-            f"`{targets}` must hold a file for each photograph of `{images}`, named as it is and ending in "
+            f"`{targets}` must hold a file for each photograph of `{images}`, with the same name and ending in "
             f"{' or '.join(suffixes)}, got none that matches, such as {missing[0]}{suffixes[0]}."
         )
     if missing:
@@ -190,7 +190,7 @@ def find_photographs(folder: str | Path) -> list[Path]:
     All image files below a folder, sorted.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there are none.
     """
     if found := find_image_files(Path(folder)).files:
         return list(found)
@@ -211,12 +211,12 @@ def read_label(path: Path, classes: Classes) -> np.ndarray:
     (H, W) uint8, the class of every pixel.
 
     Raises:
-        ValueError: the file is no label, or has values that are no class.
+        ValueError: the file is not a label image, or has values that are not classes.
     """
     with Image.open(path) as file:
         values = np.array(file)  # of a palette image its indices
     if values.ndim != 2 or values.dtype.kind not in "uib":
-        raise ValueError(f"`{path}` must have one whole number a pixel, got an image of mode {file.mode}.")
+        raise ValueError(f"`{path}` must have one whole number per pixel, got an image of mode {file.mode}.")
     values = values.astype(np.int64)
     known = (values >= 0) & (values < 256)
     mapped = np.where(known, classes.of_value[np.where(known, values, 0)], UNKNOWN)
@@ -229,7 +229,7 @@ def read_label(path: Path, classes: Classes) -> np.ndarray:
 
 def read_depth(path: Path) -> np.ndarray:
     """
-    (H, W) float32 in the file's units; what is not finite or below 0 becomes 0.
+    (H, W) float32 in the file's units; values that are negative or not finite become 0.
 
     Raises:
         ValueError: the file has another shape.
@@ -240,7 +240,7 @@ def read_depth(path: Path) -> np.ndarray:
         with Image.open(path) as file:
             depth = np.array(file)
     if depth.ndim != 2:
-        raise ValueError(f"`{path}` must have one depth a pixel, got the shape {depth.shape}.")
+        raise ValueError(f"`{path}` must have one depth per pixel, got the shape {depth.shape}.")
     depth = depth.astype(np.float32)
     return np.where(np.isfinite(depth) & (depth > 0), depth, 0).astype(np.float32)
 

@@ -1,9 +1,9 @@
 """
-Depths that a named model predicts, where no true ones are at hand.
+Depths predicted by a model, if there is no ground truth.
 
-Most such models give relative inverse depths, whose scale and shift are unknown. Here each is divided by its median,
-and predictions are aligned to it before they are scored (Ranftl et al. 2022, section 5). Scoring them as if they were
-metres, as was published, makes the figures depend on a scale that nobody knows.
+Most such models give relative inverse depths with unknown scale and shift. Here each is divided by its median,
+and predictions are aligned to it before they are scored (Ranftl et al. 2022, section 5). Scoring them as
+metres, as was published, makes the figures depend on the unknown scale.
 """
 
 import os
@@ -22,16 +22,16 @@ from uplift_diffusers.evaluation.predictive.datasets import IMAGE_SIZE, Squares
 
 class PredictedDepths(Dataset):
     """
-    Squares of photographs with the depths that a model predicts of them.
+    Squares of photographs with depths predicted by a model.
 
-    A prediction is made once, when it is first asked for, and kept in `folder`.
+    Predictions are made on first use and stored in `folder`.
 
     Args:
         images: photographs.
         model: a depth-estimation model of transformers: a folder or a hub id.
-        folder: where predictions are kept, one .npy for each photograph.
-        size: pixels a side.
-        device: of the model.
+        folder: folder for the predictions, one .npy for each photograph.
+        size: edge in pixels.
+        device: device of the model.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class PredictedDepths(Dataset):
         return image, torch.from_numpy(np.load(self._file(index)))
 
     def predict(self) -> None:
-        """Make the predictions that are not there."""
+        """Make the missing predictions."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for index in tqdm(range(len(self)), desc="Depths", unit="image", disable=None, dynamic_ncols=True):
             file = self._file(index)

@@ -1,9 +1,9 @@
 """
 Do upsampled features stay in the backbone's feature space?
 
-One probe is fitted on the backbone's own features and frozen. It is applied after every 2x step of every upsampler,
-and the result is pooled back to the tokens and compared with them. This is the central claim of Walmer et al. 2026 in
-figures: a probe that knows only the backbone's features reads those worse that drift.
+One probe is fitted on the backbone's features and frozen. It is applied after every 2x step of every upsampler,
+and the result is pooled back to the tokens and compared with them. This quantifies the central claim of Walmer et al.
+2026: a probe trained on the backbone's features performs worse on features that have drifted.
 """
 
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ from uplift_diffusers.evaluation.predictive.probes import at_size, count_pixels
 @dataclass(frozen=True)
 class StepDrift:
     """
-    What one upsampler made of every image after so many 2x steps.
+    The results of one upsampler for every image after a number of 2x steps.
 
     Args:
         cosine: (n,), mean over the tokens of the cosine between the token and the mean of the positions in its cell.
         relative_error: (n,), norm of their difference over the norm of the tokens.
-        counts: (n, 3, K), of the frozen probe, see `count_pixels`.
+        counts: (n, 3, K), counts of the frozen probe, see `count_pixels`.
     """
 
     cosine: np.ndarray
@@ -41,7 +41,7 @@ def compare_pooled(tokens: torch.Tensor, features: torch.Tensor) -> tuple[float,
 
     Args:
         tokens: (1, C, h, w).
-        features: (1, C, c h, c w), c a whole number.
+        features: (1, C, c h, c w) for an integer c.
     """
     pooled = F.avg_pool2d(features, (features.shape[2] // tokens.shape[2], features.shape[3] // tokens.shape[3]))
     cosine = F.cosine_similarity(pooled, tokens, dim=1).mean()
@@ -66,12 +66,12 @@ def measure_drift(
 
     Args:
         backbone: a `FeatureBackbone`.
-        upsampler: asked for twice, four times, … the tokens' size.
-        probe: from (B, C, H, W) features to (B, K, H, W) logits, fitted on the backbone's own features.
+        upsampler: called for 2, 4, … times the tokens' size.
+        probe: from (B, C, H, W) features to (B, K, H, W) logits, fitted on the backbone's features.
         data: (image, label) pairs.
-        num_steps: 2x steps.
+        num_steps: number of 2x steps.
         num_classes: K.
-        device: where backbone, upsampler and probe are.
+        device: device of backbone, upsampler and probe.
     """
     rows: list[list[tuple[float, float, np.ndarray]]] = [[] for _ in range(num_steps + 1)]
     loader = DataLoader(data, 1, num_workers=num_workers)

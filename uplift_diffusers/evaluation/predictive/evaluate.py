@@ -1,4 +1,4 @@
-"""The command `eval_predictive.py`: what upsampled features are good for, and what they cost."""
+"""The command `eval_predictive.py`: quality and cost of upsampled features."""
 
 import argparse
 import shlex
@@ -9,8 +9,8 @@ _EPILOG = """\
 Upsamplers (--upsamplers NAME or NAME=PATH):
   nearest, bilinear                         need no weights
   lift, featup, loftup, jafar, anyup, naf   .safetensors of the published tensors, or a folder with one such file
-  any other name, such as uplift            a folder or hub id of an UPLiFTModel for the backbone's features
-  For --task cost: uplift and the names above, without a path; weights do not change costs.
+  any other name, such as uplift            a folder or hub id of a UPLiFTModel for the backbone's features
+  For --task cost: uplift and the names above, without a path, because costs do not depend on weights.
 
 Examples:
   python eval_predictive.py --task segmentation --backbone facebook/dinov2-small --dataset voc --data_dir VOCdevkit \\
@@ -21,7 +21,7 @@ Examples:
       --upsamplers bilinear uplift=runs/uplift lift=runs/lift --output_dir report
   python eval_predictive.py --task cost --tokens 64 256 1024 2601 --output_dir report
 
-The same command goes on where it was stopped: what lies in OUTPUT_DIR/records is not measured again.
+The same command continues an interrupted run: what is in OUTPUT_DIR/records is not measured again.
 """
 
 _OF_LABELS = ("dataset", "data_dir", "num_classes")
@@ -38,11 +38,11 @@ _WITHOUT_EFFECT = {
     "depth": (*_OF_LABELS, *_OF_DRIFT, *_OF_COST),
     "cost": (*_OF_LABELS, *_OF_DEPTHS, *_OF_DRIFT, *_OF_PROBES),
 }
-"""By task, the options that are for other tasks."""
+"""Options that do not apply, by task."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure; exit code 1 and one line on stderr for what a person can put right."""
+    """Run the command. The exit code is 1, with one line on stderr, for an error that the user can fix."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = vars(_build_parser().parse_args(arguments))
     try:
@@ -64,34 +64,34 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Measure upsamplers of a vision transformer's features.",
+        description="Evaluate upsamplers of a vision transformer's features.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     parser.add_argument("--task", required=True, choices=tuple(_WITHOUT_EFFECT))
-    parser.add_argument("--output_dir", required=True, type=Path, help="where the report goes and records are kept")
+    parser.add_argument("--output_dir", required=True, type=Path, help="folder for the report and the records")
     parser.add_argument("--upsamplers", nargs="+", metavar="UPSAMPLER", help="see below (default: those without PATH)")
-    parser.add_argument("--query_chunk", type=_positive, help="positions that attend to all tokens at a time")
+    parser.add_argument("--query_chunk", type=_positive, help="positions per chunk in attention to all tokens")
     parser.add_argument("--device", help="default: cpu")
-    parser.add_argument("--fresh", action="store_true", help="measure again what lies in the records")
-    parser.add_argument("--seed", type=int, help="of probes and intervals (default: 0)")
+    parser.add_argument("--fresh", action="store_true", help="ignore existing records")
+    parser.add_argument("--seed", type=int, help="seed of probes and intervals (default: 0)")
 
     probes = parser.add_argument_group("segmentation, depth and drift")
     probes.add_argument("--backbone", metavar="DIR_OR_HUB_ID", help="the frozen backbone")
-    probes.add_argument("--feature_space", help="what the features are, where the backbone's files do not say")
+    probes.add_argument("--feature_space", help="the feature space, if the backbone's config does not determine it")
     probes.add_argument("--dataset", choices=("voc", "ade20k", "cityscapes", "cocostuff27", "camvid"))
-    probes.add_argument("--data_dir", help="where the data set was unpacked")
-    probes.add_argument("--train_images", metavar="DIR", help="or any folders of photographs,")
+    probes.add_argument("--data_dir", help="the unpacked data set")
+    probes.add_argument("--train_images", metavar="DIR", help="or folders of photographs,")
     probes.add_argument("--train_targets", metavar="DIR", help="of labels (.png) or depths (.npy, 16-bit .png),")
     probes.add_argument("--val_images", metavar="DIR", help="and the same for validation")
     probes.add_argument("--val_targets", metavar="DIR")
-    probes.add_argument("--num_classes", type=_positive, help="of the labels in folders")
+    probes.add_argument("--num_classes", type=_positive, help="number of classes of labels in folders")
     probes.add_argument("--depth_model", metavar="DIR_OR_HUB_ID", help="depths from a model instead of files")
-    probes.add_argument("--units_per_metre", type=float, help="of depth files (default: 1)")
-    probes.add_argument("--image_size", type=_positive, help="pixels a side of the centre crops (default: 448)")
-    probes.add_argument("--limit", type=_positive, help="only so many images of each part, the first ones")
+    probes.add_argument("--units_per_metre", type=float, help="unit of depth files (default: 1)")
+    probes.add_argument("--image_size", type=_positive, help="edge of the centre crops in pixels (default: 448)")
+    probes.add_argument("--limit", type=_positive, help="use only the first N images of each split")
     probes.add_argument("--epochs", type=_positive, help="default: 20, depth 5")
     probes.add_argument("--learning_rate", type=float, help="default: 5e-4, depth 5e-3")
     probes.add_argument("--batch_size", type=_positive, help="default: 2")
@@ -99,13 +99,15 @@ def _build_parser() -> argparse.ArgumentParser:
     probes.add_argument("--num_steps", type=_positive, help="2x steps of --task drift (default: 4)")
 
     cost = parser.add_argument_group("cost")
-    cost.add_argument("--tokens", type=_positive, nargs="+", help="squares (default: 64 256 576 1024 1521 2601)")
-    cost.add_argument("--channels", type=_positive, help="of the features (default: 384)")
+    cost.add_argument(
+        "--tokens", type=_positive, nargs="+", help="square numbers (default: 64 256 576 1024 1521 2601)"
+    )
+    cost.add_argument("--channels", type=_positive, help="channels of the features (default: 384)")
     cost.add_argument("--patch_size", type=_positive, help="default: 16")
-    cost.add_argument("--repeats", type=_positive, help="calls that are timed after a warm-up (default: 3)")
+    cost.add_argument("--repeats", type=_positive, help="timed calls after a warm-up (default: 3)")
     cost.add_argument("--threads", type=_positive, help="default: 1")
-    cost.add_argument("--memory_limit", type=float, help="GiB of one call (default: 70 %% of what is free)")
-    cost.add_argument("--time_limit", type=float, help="seconds of one call (default: 300)")
+    cost.add_argument("--memory_limit", type=float, help="GiB per call (default: 70 %% of free memory)")
+    cost.add_argument("--time_limit", type=float, help="seconds per call (default: 300)")
     return parser
 
 

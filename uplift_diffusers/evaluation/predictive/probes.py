@@ -1,9 +1,9 @@
 """
-Linear probes on frozen features, and how they are scored.
+Linear probes on frozen features, and their scores.
 
-The protocol is that of Couairon et al. 2025 with two faults put right: the cosine schedule runs once over all steps
-(theirs ran over as many steps as there are epochs, again and again), and the backbone is always given normalised
-images (theirs were not, for depth).
+The protocol is that of Couairon et al. 2025 with two errors corrected: the cosine schedule runs once over all steps
+(theirs restarted after as many steps as there are epochs), and the backbone always gets normalised
+images (theirs did not for depth).
 """
 
 from collections.abc import Callable, Iterator, Sized
@@ -33,13 +33,13 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 @dataclass(frozen=True)
 class Schedule:
     """
-    How a probe is trained.
+    Training settings of a probe.
 
     Args:
-        epochs: over the training part.
-        learning_rate: the cosine's beginning; it ends at 0.
-        batch_size: images.
-        seed: of weights, order and flips.
+        epochs: passes over the training split.
+        learning_rate: initial value of the cosine schedule, which ends at 0.
+        batch_size: images per batch.
+        seed: seed of weights, order and flips.
         num_workers: processes that read images.
     """
 
@@ -56,9 +56,9 @@ class FeatureSource:
 
     Args:
         backbone: a `FeatureBackbone`.
-        upsampler: None for the backbone's own features, at their own resolution.
-        device: where both are.
-        with_cls: put the CLS token, of length 1, behind the features of every position, where the backbone has one.
+        upsampler: None for the backbone's features at their resolution.
+        device: device of both.
+        with_cls: append the CLS token, normalised to length 1, to the features of every position, if there is one.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class DepthProbe(nn.Module):
 
 
 def segmentation_loss(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of (B, K, h, w) logits, interpolated to the (B, H, W) label; ignored pixels are left out."""
+    """Cross-entropy of (B, K, h, w) logits, interpolated to the (B, H, W) label, without ignored pixels."""
     logits = at_size(logits, label)
     if (label == IGNORED).all():
         return logits.sum() * 0
@@ -151,7 +151,7 @@ def _gradient_loss(difference: torch.Tensor, valid: torch.Tensor) -> torch.Tenso
 
 
 def at_size(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """Logits at the label's size. A linear probe and bilinear interpolation may be exchanged, so this one is cheap."""
+    """Logits at the label's size. Linear probe and bilinear interpolation commute, so this is equivalent and cheap."""
     if logits.shape[2:] == label.shape[1:]:
         return logits
     return F.interpolate(logits, size=label.shape[1:], mode="bilinear")
@@ -164,12 +164,12 @@ def fit(
     Train a probe in place: AdamW, the cosine over all steps, images flipped with probability 0.5.
 
     Args:
-        probe: from (B, C, H, W) features to what `loss` takes first.
+        probe: from (B, C, H, W) features to the first argument of `loss`.
         data: (image, target) pairs.
-        features: of a batch of images.
-        loss: of the probe's output and the targets.
+        features: computes the features of a batch of images.
+        loss: loss of the probe's output and the targets.
         schedule: see [`Schedule`].
-        title: of the progress bar.
+        title: title of the progress bar.
     Returns:
         The mean loss of the last epoch.
     """
@@ -215,7 +215,7 @@ def count_segmentation(
     num_workers: int = 0,
     title: str = "",
 ) -> np.ndarray:
-    """(n, 3, K) int64, for every image what `count_pixels` says of it."""
+    """(n, 3, K) int64, `count_pixels` for every image."""
     counts = []
     for image, label in _each(data, num_workers, title):
         predicted = at_size(probe(features(image)), label).argmax(dim=1).cpu()
@@ -224,7 +224,7 @@ def count_segmentation(
 
 
 def count_pixels(predicted: torch.Tensor, label: torch.Tensor, num_classes: int) -> np.ndarray:
-    """(3, K) int64: pixels of each class that were found, that were predicted, and that are labelled."""
+    """(3, K) int64: correctly predicted, predicted and labelled pixels of each class."""
     valid = label != IGNORED
     predicted, label = predicted[valid], label[valid]
     counts = [torch.bincount(x, minlength=num_classes) for x in (label[predicted == label], predicted, label)]
@@ -241,7 +241,7 @@ def intersection_over_union(counts: np.ndarray) -> np.ndarray:
 
 
 def accuracy(counts: np.ndarray) -> np.ndarray:
-    """Share of the labelled pixels that were found, from (..., 3, K) sums of `count_pixels`; in percent."""
+    """Share of correctly predicted pixels, from (..., 3, K) sums of `count_pixels`; in percent."""
     found, _, labelled = np.moveaxis(np.asarray(counts, dtype=np.float64), -2, 0)
     return 100 * found.sum(axis=-1) / np.maximum(labelled.sum(axis=-1), 1)
 
@@ -250,14 +250,14 @@ def score_counts(
     counts: np.ndarray, score: Callable[[np.ndarray], np.ndarray], *, seed: int, other: np.ndarray | None = None
 ) -> Estimate:
     """
-    A score of all images together, with the percentile interval over draws of the images with replacement.
+    A score of all images together, with its bootstrap percentile interval over images.
 
     Args:
-        counts: (n, 3, K), of each image.
-        score: of summed counts.
-        seed: of the draws.
-        other: counts of another method on the same images: the estimate is then that of the difference, and every draw
-            takes the same images of both.
+        counts: (n, 3, K), counts of each image.
+        score: score of summed counts.
+        seed: seed of the bootstrap.
+        other: counts of another method on the same images: the result is then the difference, with paired bootstrap
+            samples.
     Source: Efron and Tibshirani 1993, section 13.3.
     """
     methods = [counts] if other is None else [counts, other]
@@ -296,9 +296,9 @@ def score_depth(depth: torch.Tensor, target: torch.Tensor, *, aligned: bool) -> 
 
     Args:
         depth, target: (H, W); only pixels with a target between 1e-3 and 10 count.
-        aligned: first fit scale and shift of `depth` to the target by least squares: what a relative depth allows.
+        aligned: first fit scale and shift of `depth` to the target by least squares, for relative depths.
     Returns:
-        None where no pixel counts.
+        None if no pixel counts.
     """
     valid = (target > NEAREST_DEPTH) & (target < FARTHEST_DEPTH)
     if not valid.any():

@@ -1,9 +1,9 @@
 """
-What an upsampler costs as the tokens grow: seconds, memory and floating-point operations.
+Cost of an upsampler against the number of tokens: seconds, memory and floating-point operations.
 
-Every measurement runs in a process of its own, so that no memory of another one is counted, and under a limit, so that
-it fails by itself rather than by the system. What would not fit into memory or time is computed from what was measured
-and marked as such.
+Every measurement runs in a separate process, so memory is not shared between measurements, and under limits, so it
+fails before the system runs out of memory. Costs beyond the limits are extrapolated from the measurements and marked
+as such.
 """
 
 import ctypes
@@ -30,11 +30,11 @@ REFERENCE = "uplift"
 """The method that the others are compared with."""
 
 Measured = tuple[float, float | None]
-"""Seconds and bytes."""
+"""A measurement: seconds and bytes."""
 
 _ATEN = torch.ops.aten
 _ELEMENTWISE_FLOP = {
-    # Attention to a neighbourhood is made of products and sums, which the counter leaves out by default.
+    # Neighbourhood attention consists of products and sums, which the counter ignores by default.
     _ATEN.mul: lambda *args, out_val, **kwargs: out_val.numel(),
     _ATEN.sum: lambda values, *args, out_val=None, **kwargs: values.numel(),
     _ATEN.addcmul_: lambda *args, out_val, **kwargs: 2 * out_val.numel(),
@@ -46,13 +46,14 @@ for _function in _ELEMENTWISE_FLOP.values():
 @dataclass(frozen=True)
 class Workload:
     """
-    One call of an upsampler to pixel density.
+    One call of an upsampler to pixel resolution.
 
     Args:
-        method: "uplift" (the published architecture), or one of `PEERS`. Weights are random: they do not change costs.
+        method: "uplift" (the published architecture), or one of `PEERS`. Weights are random, as costs do not depend on
+            them.
         side: tokens along each side of the image.
-        channels: C, of the features.
-        patch_size: pixels a side of a token.
+        channels: C, the channels of the features.
+        patch_size: edge of a token in pixels.
         query_chunk: see `load_peer`.
     """
 
@@ -93,16 +94,16 @@ class Workload:
 @dataclass(frozen=True)
 class CostPoint:
     """
-    What one call costs.
+    The cost of one call.
 
     Args:
         tokens: number of tokens.
-        image_px: pixels of the image's edge, and of the result's.
+        image_px: edge in pixels of the image and of the result.
         flop: floating-point operations of convolutions, products and sums; norms and activations are not counted.
-        seconds: median over calls after a warm-up; computed where `measured` is False; None where nothing is known.
-        peak_bytes: the most memory a call took beyond weights and inputs, the result included; likewise.
-        measured: seconds and bytes are, not computed.
-        reason: why they are not.
+        seconds: median over calls after a warm-up; extrapolated if `measured` is False; None if unknown.
+        peak_bytes: peak memory of a call beyond weights and inputs, including the result; or as for `seconds`.
+        measured: whether seconds and bytes are measured, not extrapolated.
+        reason: why they were not measured.
     """
 
     tokens: int
@@ -117,13 +118,13 @@ class CostPoint:
 @dataclass(frozen=True)
 class Limits:
     """
-    What a measurement may take.
+    Limits and settings of a measurement.
 
     Args:
-        bytes: memory of one call.
-        seconds: of one call.
-        repeats: calls that are timed.
-        threads: of PyTorch.
+        bytes: memory limit of one call.
+        seconds: time limit of one call.
+        repeats: number of timed calls.
+        threads: PyTorch threads.
     """
 
     bytes: float
@@ -137,10 +138,10 @@ Measure = Callable[[Workload, Limits, str], Measured | str]
 
 def count_flop(workload: Workload) -> int:
     """
-    Floating-point operations of a call, counted without computing anything; 0 for interpolation, which is not counted.
+    Floating-point operations of a call, counted without executing it; 0 for interpolation, which is not counted.
 
     Raises:
-        ValueError: the method cannot take so few tokens.
+        ValueError: the method needs more tokens.
     """
     if workload.method in PEERS and not PEERS[workload.method].licence:
         return 0  # what is counted otherwise is the arithmetic of indices
@@ -162,7 +163,7 @@ def measure_costs(
     measure: Measure | None = None,
 ) -> dict[str, list[CostPoint]]:
     """
-    By method, a point for each number of tokens, in ascending order; those that a method cannot take are left out.
+    By method, a point for each number of tokens, in ascending order, except those that a method does not support.
 
     Args:
         methods: "uplift" and names of `PEERS`.
@@ -170,7 +171,7 @@ def measure_costs(
         limits: see [`Limits`].
         channels, patch_size, query_chunk: see [`Workload`].
         device: "cpu" or "cuda".
-        measure: in place of `measure_in_process`, to remember what it gave.
+        measure: replaces `measure_in_process`, for example to cache its results.
     """
     measure = measure or measure_in_process
     points: dict[str, list[CostPoint]] = {method: [] for method in methods}
@@ -198,11 +199,11 @@ def measure_costs(
 
 def fit_exponent(points: Sequence[CostPoint], quantity: str, *, last: int | None = None) -> float | None:
     """
-    The slope of log(quantity) over log(tokens) by least squares, of what was measured; None from less than two points.
+    The least-squares slope of log(quantity) over log(tokens), from measured points; None for fewer than two.
 
     Args:
         quantity: "seconds", "peak_bytes" or "flop" (which is always known).
-        last: only so many points, those with the most tokens.
+        last: use only this many points, those with the most tokens.
     """
     known = [point for point in points if (point.measured or quantity == "flop") and getattr(point, quantity)]
     known = known[-last:] if last else known
@@ -214,9 +215,9 @@ def fit_exponent(points: Sequence[CostPoint], quantity: str, *, last: int | None
 
 def find_crossing(points: Sequence[CostPoint], reference: Sequence[CostPoint], quantity: str) -> float | None:
     """
-    The number of tokens at which a method begins to take more than the reference; None where it does not happen.
+    The number of tokens from which a method costs more than the reference; None if it never does.
 
-    Between two points the ratio of the two is taken to grow linearly, which it does where one grows as T and the other
+    The ratio of the two is interpolated linearly between points, which is exact if one grows as T and the other
     as a T + b T^2.
     """
     others = {point.tokens: getattr(point, quantity) for point in reference}
@@ -232,7 +233,7 @@ def find_crossing(points: Sequence[CostPoint], reference: Sequence[CostPoint], q
 
 
 def _compute(workload: Workload, flop: int, known: Sequence[CostPoint]) -> tuple[float | None, float | None]:
-    """Seconds at the speed of the largest call that was measured, and bytes by a T + b T^2 through all of them."""
+    """Extrapolate seconds at the speed of the largest measured call, and bytes as a T + b T^2 fitted to all calls."""
     if not known:
         return None, None
     largest = known[-1]
@@ -243,7 +244,7 @@ def _compute(workload: Workload, flop: int, known: Sequence[CostPoint]) -> tuple
 
 
 def _fit_bytes(known: Sequence[tuple[int, float]], tokens: int) -> float:
-    """Least squares of relative errors, both terms at least 0; from one point the quadratic term only."""
+    """Least squares of relative errors, both terms at least 0; from one point, only the quadratic term."""
     if len(known) == 1:
         return known[0][1] * (tokens / known[0][0]) ** 2
     counts, values = np.array(known, dtype=np.float64).T
@@ -266,7 +267,7 @@ def _why_not(computed: tuple[float | None, float | None], limits: Limits) -> str
 
 
 def measure_in_process(workload: Workload, limits: Limits, device: str) -> Measured | str:
-    """Seconds and bytes of a call, measured in another process; "memory" or "time" where that was not enough."""
+    """Seconds and bytes of a call, measured in another process; "memory" or "time" if a limit was exceeded."""
     order = json.dumps({"workload": asdict(workload), "limits": asdict(limits), "device": device})
     environment = {**os.environ, "OMP_NUM_THREADS": str(limits.threads), "PYTHONPATH": os.pathsep.join(sys.path)}
     patience = 120 + 4 * (limits.repeats + 2) * limits.seconds
@@ -315,7 +316,7 @@ def _seconds_of(call: Callable[[], object], device: str) -> float:
 
 
 def _peak_of(call: Callable[[], object], device: str) -> float | None:
-    """The first call, which is the warm-up: bytes in use at its peak beyond those before it, None if unknown."""
+    """Peak bytes in use during the first call, the warm-up, beyond those before it; None if unknown."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -338,7 +339,7 @@ def _status_bytes(name: str) -> int:
 
 
 def available_bytes(device: str) -> float:
-    """Memory that can be had now: of the GPU, or of the machine as Linux estimates it, elsewhere what it has."""
+    """Available memory: of the GPU, or of the machine as Linux estimates it; elsewhere its total memory."""
     if device != "cpu":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
@@ -354,10 +355,10 @@ def known_methods() -> tuple[str, ...]:
 
 def sides_of(tokens: Iterable[int]) -> list[int]:
     """
-    Tokens a side from numbers of tokens.
+    Tokens per side from numbers of tokens.
 
     Raises:
-        ValueError: a number that is no square.
+        ValueError: a number is not a square.
     """
     sides = []
     for count in tokens:

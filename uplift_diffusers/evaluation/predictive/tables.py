@@ -1,4 +1,4 @@
-"""Reports of the predictive tasks: tables with intervals, every figure as JSON, and a plot; each file whole."""
+"""Reports of the predictive tasks: tables with intervals, all figures as JSON, and a plot, written atomically."""
 
 import dataclasses
 import io
@@ -21,7 +21,7 @@ QUANTITIES = (
     ("peak_bytes", "peak memory (GiB)", 2**-30, "{:.3g}"),
     ("flop", "GFLOP", 1e-9, "{:.1f}"),
 )
-"""Of a cost point: the field, its heading, the factor to its unit, and the format."""
+"""Columns of a cost table: field, heading, factor to its unit, and format."""
 
 
 def write_segmentation_report(counts: dict[str, np.ndarray], run: dict, folder: Path) -> None:
@@ -141,7 +141,7 @@ def write_cost_report(points: dict[str, list[CostPoint]], run: dict, folder: Pat
     for axes, (field, heading, unit, _) in zip(figure.subplots(1, 3), QUANTITIES):
         _cost_panel(axes, points, crossings, field, heading, unit)
     notes = (
-        "Seconds are medians after a warm-up, each in a process of its own. Peak memory is what a call took beyond "
+        "Seconds are medians after a warm-up, each in a separate process. Peak memory is that of a call beyond "
         "weights and inputs, its result included. FLOP are those of convolutions, matrix products, products and sums; "
         "what JAFAR and AnyUp compute and discard in their published code is left out. Figures in brackets did not "
         "fit into the limits and are computed: seconds at the speed of the largest call that was measured, memory as "

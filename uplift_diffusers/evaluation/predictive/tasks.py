@@ -1,4 +1,4 @@
-"""The four tasks of `eval_predictive.py`: what is measured, in which order, and where the measurements are kept."""
+"""The four tasks of `eval_predictive.py`: the measurements and their records."""
 
 import hashlib
 import math
@@ -64,7 +64,7 @@ SCHEDULES = {
     "drift": Schedule(),
     "depth": Schedule(epochs=5, learning_rate=5e-3),
 }
-"""How the probes of each task are trained where nothing else is said."""
+"""Default training settings of the probes, by task."""
 
 _FOLDERS = ("train_images", "train_targets", "val_images", "val_targets")
 
@@ -73,7 +73,7 @@ Upsamplers = dict[str, FeatureUpsampler]
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a command line asks for; the options of `eval_predictive.py` under their names."""
+    """The options of `eval_predictive.py`."""
 
     task: str
     command: str
@@ -119,10 +119,10 @@ class Request:
 
 def run(request: Request) -> None:
     """
-    Measure what is asked for and write the report.
+    Measure and write the report.
 
     Raises:
-        ValueError, FileNotFoundError: the request cannot be met; before anything is measured.
+        ValueError, FileNotFoundError: the request is invalid; raised before anything is measured.
     """
     if request.task == "cost":
         run_cost(request)
@@ -133,7 +133,7 @@ def run(request: Request) -> None:
         raise ValueError(f"`upsamplers` must have different names, got {names}.")
     if request.backbone is None:
         raise ValueError(f"`backbone` must be given for --task {request.task}, got None. Name a folder or a hub id.")
-    # Data first: what is wrong with a folder shows before networks are loaded.
+    # Data first, so an error in a folder shows before networks are loaded.
     train, val = open_depths(request) if request.task == "depth" else open_labels(request)
     backbone = _load_backbone(request)
     upsamplers = {
@@ -145,7 +145,7 @@ def run(request: Request) -> None:
 
 
 def open_labels(request: Request) -> tuple[LabelledImages, LabelledImages]:
-    """The training and the validation part of a named data set, or of two pairs of folders."""
+    """The training and the validation split of a named data set, or of two pairs of folders."""
     size = request.image_size
     if request.dataset is not None:
         if request.data_dir is None:
@@ -164,7 +164,7 @@ def open_labels(request: Request) -> tuple[LabelledImages, LabelledImages]:
 
 
 def open_depths(request: Request) -> tuple[Dataset, Dataset]:
-    """The training and the validation part, with depths from files or of a model, which are not predicted yet."""
+    """The training and the validation split, with depths from files or from a model, which are not predicted yet."""
     size = request.image_size
     if request.depth_model is None:
         _check_folders(request, with_targets=True)
@@ -225,7 +225,7 @@ def run_depth(request: Request, backbone, upsamplers: Upsamplers, train: Dataset
 
 
 def run_drift(request: Request, backbone, upsamplers: Upsamplers, train: LabelledImages, val: LabelledImages) -> None:
-    """One probe for all, fitted on the backbone's own features and frozen."""
+    """One probe for all, fitted on the backbone's features and frozen."""
     num_classes = train.classes.count
     probe = _seeded(request, lambda: SegmentationProbe(backbone.space.channels, num_classes))
 
@@ -303,7 +303,7 @@ def run_cost(request: Request) -> None:
 
 
 def describe_run(request: Request, backbone, upsamplers: Upsamplers, train: Any, val: Any) -> dict:
-    """What the figures come from, as JSON values."""
+    """The provenance of the figures, as JSON values."""
     return {
         **_facts(request),
         "backbone": backbone.space.name,
@@ -349,7 +349,7 @@ def _measure_all(
     parts: Sequence[Dataset],
     measure: Callable[[str], Record],
 ) -> dict[str, Record]:
-    """By upsampler what `measure` gives, from a record where it was measured before with the same of everything."""
+    """The results of `measure` by upsampler, read from a record if there is one with the same key."""
     store = RecordStore(request.output_dir / "records")
     common = {
         "task": request.task,
@@ -385,7 +385,7 @@ def _digest(module: torch.nn.Module) -> str:
 
 
 def _seeded(request: Request, make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    """A probe whose first weights depend on the seed only, without touching the global generator."""
+    """A probe with initial weights that depend only on the seed, without using the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(request.seed)
         return make().to(request.device)

@@ -1,4 +1,4 @@
-"""From a name or a path to an upsampler: UPLiFT behind the interface of its peers, and the choice of a command."""
+"""Loading of upsamplers by name or path, with UPLiFT behind the interface of its peers."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from uplift_diffusers.models.upsampler import UPLiFTModel
 
 class UPLiFT(FeatureUpsampler):
     """
-    As many 2x steps as reach the asked size, then one antialiased reduction where they go beyond it.
+    The fewest 2x steps that reach the requested size, then antialiased downsampling if they exceed it.
 
     Args:
         model: trained for the backbone's features; a LiFT twin (`neighborhood=None`) is one as well.
@@ -38,11 +38,11 @@ class UPLiFT(FeatureUpsampler):
 @dataclass(frozen=True)
 class UpsamplerSpec:
     """
-    What a command line says of an upsampler.
+    The specification of an upsampler on the command line.
 
     Args:
-        name: for the report; one of `PEERS`, or any name for an UPLiFTModel.
-        path: of its weights.
+        name: name in the report; one of `PEERS`, or any name for a UPLiFTModel.
+        path: path of its weights.
     """
 
     name: str
@@ -54,7 +54,7 @@ class UpsamplerSpec:
         "NAME" or "NAME=PATH".
 
         Raises:
-            ValueError: no name, or a name that needs a path and has none.
+            ValueError: the name is missing, or it needs a path and has none.
         """
         name, _, path = text.partition("=")
         if not name or ("=" in text and not path):
@@ -63,7 +63,7 @@ class UpsamplerSpec:
 
     @property
     def has_weights(self) -> bool:
-        """Whether there is anything that could be trained."""
+        """Whether it has trainable weights."""
         return self.name not in PEERS or bool(PEERS[self.name].licence)
 
 
@@ -72,11 +72,11 @@ def load_upsampler(spec: UpsamplerSpec, space, *, query_chunk: int | None = None
     Load an upsampler with its weights, in evaluation mode.
 
     Args:
-        spec: which one.
+        spec: the specification.
         space: the `FeatureSpace` of the backbone.
         query_chunk: see `load_peer`.
     Raises:
-        ValueError: it has no path, or was made for other features.
+        ValueError: the path is missing, or the upsampler is for other features.
     """
     if spec.path is None and spec.has_weights:
         where = f"; they are published: {PEERS[spec.name].weights}" if spec.name in PEERS else ""

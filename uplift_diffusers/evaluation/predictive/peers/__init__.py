@@ -4,8 +4,8 @@ The published upsamplers of features, each in one file, behind one interface.
     upsampler = load_peer("jafar", channels=384, weights="jafar_dinov2_s14.safetensors")
     features = upsampler.upsample(tokens, image, (448, 448))  # (B, 384, 448, 448)
 
-The networks are written from their descriptions and equal the published ones to 1e-5. No weights come with this
-package. Most are published as pickled files, which are never opened here; PyTorch converts them without running code:
+The networks are written from their descriptions and match the published ones to 1e-5. Weights are not included.
+Most are published as pickles, which are never opened here; PyTorch converts them without running code:
 
     tensors = torch.load("vit_small_patch14_dinov2.lvd142m.pth", weights_only=True)["jafar"]
     safetensors.torch.save_file(tensors, "jafar_dinov2_s14.safetensors")
@@ -36,14 +36,14 @@ __all__ = ["PEERS", "FeatureUpsampler", "Peer", "load_peer"]
 class Peer:
     """
     Args:
-        cls: the network.
-        takes_channels: it is made for one number of channels.
-        licence: of code and weights.
-        weights: where the authors keep the weights, and what of the file they are.
-        prefix: before every name of a published checkpoint.
-        left_out: beginnings of names in it that are not of the upsampler.
-        arguments: the constructor's arguments that show in the tensors.
-        chunks: takes `query_chunk`.
+        cls: class of the network.
+        takes_channels: whether it is built for a fixed number of channels.
+        licence: licence of code and weights.
+        weights: where the authors publish the weights, and under which key of the file.
+        prefix: prefix of all names in a published checkpoint.
+        left_out: prefixes of names that do not belong to the upsampler.
+        arguments: constructor arguments derived from the tensors.
+        chunks: whether it takes `query_chunk`.
     """
 
     cls: type[FeatureUpsampler]
@@ -104,7 +104,7 @@ PEERS: dict[str, Peer] = {
         arguments=lambda tensors: {"width": 2 * len(tensors["image_encoder.encoder.0.weight"])},
     ),
 }
-"""By the name that commands take."""
+"""Peers by name on the command line."""
 
 
 def load_peer(
@@ -115,13 +115,13 @@ def load_peer(
 
     Args:
         name: one of `PEERS`.
-        channels: C, of the backbone's features.
-        weights: a .safetensors file of its tensors under the published names, or a folder with exactly one. None:
-            random weights, which are good for measuring costs only; nearest and bilinear have none.
-        query_chunk: positions that attend to all tokens at a time, where memory is short; see `JAFAR`.
+        channels: C, the channels of the backbone's features.
+        weights: a .safetensors file with its tensors under the published names, or a folder with exactly one. None:
+            random weights, only useful for measuring costs; nearest and bilinear have no weights.
+        query_chunk: number of positions per attention chunk, to save memory; see `JAFAR`.
     Raises:
-        ValueError: unknown name, weights for a method without any, or not the tensors of this upsampler.
-        FileNotFoundError: no such file, or not one .safetensors file in the folder.
+        ValueError: the name is unknown, the method has no weights, or the tensors do not match.
+        FileNotFoundError: there is no such file, or not exactly one .safetensors file in the folder.
     """
     if name not in PEERS:
         raise ValueError(f"`name` must be one of {tuple(PEERS)}, got {name!r}.")

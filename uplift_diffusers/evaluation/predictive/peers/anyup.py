@@ -18,14 +18,14 @@ BASIS_SIZE = 5
 
 class AnyUp(FeatureUpsampler):
     """
-    JAFAR with two differences: what the keys learn of the features does not depend on their number, and a pixel sees
-    only the tokens in a window around it.
+    JAFAR with two differences: the keys do not depend on the number of feature channels, and a pixel attends
+    only to the tokens in a window around it.
 
     Args:
-        width: of queries and keys.
-        window_ratio: half the window's side, as a part of the image's; 0 for none.
-        query_chunk: positions that attend at a time, None for all of them, as published by default. The result is the
-            same; the scores take 4 * query_chunk * T numbers, whatever the window is: it is a mask.
+        width: width of queries and keys.
+        window_ratio: half the window's side relative to the image's; 0 for no window.
+        query_chunk: positions per attention chunk; None for all, as published by default. The result is the
+            same; the scores take 4 * query_chunk * T numbers regardless of the window, which is a mask.
     Source: Wimmer et al. 2026, "AnyUp: Universal Feature Upsampling", section 3. The unification of the features is
         the published code's, which differs from the paper's formula: see `FeatureUnification`.
     """
@@ -53,7 +53,7 @@ class AnyUp(FeatureUpsampler):
 
 
 class ResidualBlock(nn.Module):
-    """JAFAR's, under the names of AnyUp's checkpoints."""
+    """JAFAR's residual block, with the names of AnyUp's checkpoints."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -139,8 +139,8 @@ class _CrossAttention(nn.Module):
 
 
 def window(length: int, count: int, ratio: float) -> torch.Tensor:
-    """(length, 2): for each of `length` outputs along an axis, the first of the `count` tokens seen and the one after
-    the last. In float32, as published: rounding decides at a window's edges."""
+    """(length, 2): for each of `length` outputs along an axis, the first of the `count` tokens in its window and
+    the one after the last. In float32, as published, because rounding matters at a window's edges."""
     centres = (torch.arange(length, dtype=torch.float32) + 0.5) / length
     starts = ((centres - ratio).clamp(0, 1) * count).floor()
     stops = ((centres + ratio).clamp(0, 1) * count).ceil()
@@ -148,7 +148,7 @@ def window(length: int, count: int, ratio: float) -> torch.Tensor:
 
 
 def _outside(length: int, count: int, ratio: float, device: torch.device) -> torch.Tensor:
-    """(length, count) bool: which tokens along an axis an output does not see."""
+    """(length, count) bool: the tokens along an axis outside an output's window."""
     starts, stops = window(length, count, ratio).to(device)[:, :, None].unbind(1)
     tokens = torch.arange(count, device=device)
     return (tokens < starts) | (tokens >= stops)

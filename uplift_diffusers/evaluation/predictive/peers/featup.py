@@ -14,14 +14,14 @@ LEVELS = 4
 
 class FeatUp(FeatureUpsampler):
     """
-    Four joint bilateral 2x levels with weights of their own, and a small correction of the result.
+    Four joint bilateral 2x levels with separate weights, and a small correction of the result.
 
-    The published network always runs all four. Here the first of them run that reach the asked size, so that the
-    result after each level can be looked at; 16x is as published.
+    The published network always runs all four. Here only as many levels run as the requested size needs, so the
+    result after each level can be examined; 16x is as published.
 
     Args:
-        channels: C, of the features.
-        layer_norm: normalise the features first. The weights without it were published, too.
+        channels: C, the channels of the features.
+        layer_norm: normalise the features first. Weights without it were published, too.
     Source: Fu et al. 2024, "FeatUp: A Model-Agnostic Framework for Features at Any Resolution", section 3.2. The
         corrections of kernel and result are those of the published code.
     """
@@ -54,10 +54,10 @@ class _Stack(nn.Module):
 
 class JointBilateralUpsampler(nn.Module):
     """
-    One 2x level: bicubic, then a 7x7 kernel of each position, the same for all channels.
+    One 2x level: bicubic, then a 7x7 kernel per position, the same for all channels.
 
     The kernel is a softmax over learned similarities of the guide times a Gaussian of the distance, normalised, and
-    corrected by a small network, after which it need not sum to one any more.
+    corrected by a small network, after which it does not have to sum to one.
     """
 
     def __init__(self, key_channels: int = 32):

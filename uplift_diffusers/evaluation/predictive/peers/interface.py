@@ -1,4 +1,4 @@
-"""What every upsampler of features offers, and the parts that several of them share."""
+"""The common interface of feature upsamplers, and shared parts."""
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,9 @@ class FeatureUpsampler(nn.Module):
     def upsample(self, features: torch.Tensor, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """
         Args:
-            features: (B, C, h, w) float, the backbone's tokens, as the backbone returns them.
-            image: (B, 3, H, W) float in [0, 1], what the backbone saw.
-            size: height and width of the result, at least (h, w).
+            features: (B, C, h, w) float, the tokens returned by the backbone.
+            image: (B, 3, H, W) float in [0, 1], the backbone's input.
+            size: (height, width) of the result, at least (h, w).
         Returns:
             (B, C, *size), dtype and device of `features`.
         Raises:
@@ -35,7 +35,7 @@ class FeatureUpsampler(nn.Module):
         return self(features, self.normalize(image.to(features)), tuple(size))
 
     def normalize(self, image: torch.Tensor) -> torch.Tensor:
-        """ImageNet's mean and deviation, whatever the backbone's own are: so all the published ones do."""
+        """Normalise with ImageNet's mean and standard deviation, for all backbones, as in all published upsamplers."""
         mean, std = image.new_tensor(IMAGENET_MEAN), image.new_tensor(IMAGENET_STD)
         return (image - mean[:, None, None]) / std[:, None, None]
 
@@ -52,14 +52,14 @@ class ChannelNorm(nn.Module):
 
 
 def resize(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Bilinear, antialiased where it reduces; the same tensor where the size is right already."""
+    """Resize bilinearly, antialiased when downsampling; returns the same tensor if the size is already right."""
     if tuple(x.shape[2:]) == tuple(size):
         return x
     return F.interpolate(x, size=size, mode="bilinear", antialias=True)
 
 
 def doublings(tokens: tuple[int, int], size: tuple[int, int]) -> int:
-    """How many 2x steps it takes from `tokens` to at least `size`."""
+    """The number of 2x steps from `tokens` to at least `size`."""
     steps = 0
     while tokens[0] << steps < size[0] or tokens[1] << steps < size[1]:
         steps += 1
@@ -67,6 +67,6 @@ def doublings(tokens: tuple[int, int], size: tuple[int, int]) -> int:
 
 
 def split_queries(count: int, chunk: int | None) -> list[slice]:
-    """Slices of `chunk` queries each; all of them at once for None."""
+    """Slices of `chunk` queries each; one slice for None."""
     chunk = chunk or count
     return [slice(start, start + chunk) for start in range(0, count, chunk)]

@@ -1,4 +1,4 @@
-"""The baselines that do not look at the image."""
+"""Baselines without image guidance."""
 
 import torch
 import torch.nn.functional as F
@@ -7,14 +7,14 @@ from uplift_diffusers.evaluation.predictive.peers.interface import FeatureUpsamp
 
 
 class Nearest(FeatureUpsampler):
-    """Every position takes the token that it lies in."""
+    """Nearest-neighbour interpolation: every position gets the token that contains it."""
 
     def forward(self, features: torch.Tensor, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         return F.interpolate(features, size=size, mode="nearest-exact")
 
 
 class Bilinear(FeatureUpsampler):
-    """Bilinear between the tokens' centres."""
+    """Bilinear interpolation between the tokens' centres."""
 
     def forward(self, features: torch.Tensor, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         return F.interpolate(features, size=size, mode="bilinear")

@@ -19,9 +19,9 @@ class JAFAR(FeatureUpsampler):
     Queries come from the image, keys from the image modulated by the features, values are the features.
 
     Args:
-        channels: C, of the features.
-        width: of queries and keys.
-        query_chunk: positions that attend at a time, None for all of them, as published. The result is the same; the
+        channels: C, the channels of the features.
+        width: width of queries and keys.
+        query_chunk: positions per attention chunk; None for all, as published. The result is the same; the
             scores take 4 * query_chunk * T numbers.
     Source: Couairon et al. 2025, "JAFAR: Jack up Any Feature at Any Resolution", section 3.
     """
@@ -65,8 +65,8 @@ class RotaryPositions(nn.Module):
     """
     Rows and columns, from 0 to 1 including both ends, as angles of learned frequencies.
 
-    Channels c and c + D/2 are turned together, but the former by an angle of the row and the latter by one of the
-    column, so this is no rotation. It is what the published weights were trained with.
+    Channels c and c + D/2 form a pair, but the former uses an angle of the row and the latter one of the
+    column, so this is not a rotation. The published weights were trained with it.
     """
 
     def __init__(self, width: int):
@@ -122,8 +122,8 @@ class _CrossAttention(nn.Module):
 
 class _Projections(nn.Module):
     """
-    The parameters of the published attention. Its values are projected and then discarded, for only the weights of
-    the mixture are used: `v_proj_weight`, `out_proj` and a third of `in_proj_bias` have no influence.
+    The parameters of the published attention. Its values are projected and then discarded, because only the attention
+    weights are used: `v_proj_weight`, `out_proj` and a third of `in_proj_bias` have no effect.
     """
 
     def __init__(self, channels: int, width: int):
@@ -149,13 +149,13 @@ def mix_by_attention(
     masks: Callable[[slice], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """
-    Mixtures of the values, with weights that are averaged over the heads.
+    Mixtures of the values, with attention weights averaged over the heads.
 
     Args:
         queries, keys: (B, P, D) and (B, T, D).
         values: (B, T, C).
-        query_chunk: queries at a time, None for all of them.
-        masks: of a slice of n queries, (n, T) bool, which tokens each one must not see.
+        query_chunk: queries per chunk; None for all.
+        masks: for a slice of n queries, (n, T) bool, True for tokens that a query must not attend to.
     Returns:
         (B, P, C), each position a convex combination of the values.
     """

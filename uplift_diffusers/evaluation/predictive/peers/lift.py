@@ -1,4 +1,4 @@
-"""LiFT: a small U-Net that doubles the tokens, applied again and again."""
+"""LiFT: a small U-Net that doubles the resolution, applied repeatedly."""
 
 import torch
 import torch.nn.functional as F
@@ -10,15 +10,15 @@ from uplift_diffusers.scale import size_of
 
 class LiFT(FeatureUpsampler):
     """
-    One learned 2x step. Training knows one step only; several are an extrapolation, with the image doubled bilinearly
-    and encoded again before each.
+    One learned 2x step. It is trained for a single step; several steps are an extrapolation, with the image upsampled
+    bilinearly and encoded again before each.
 
-    The guide is pooled adaptively to twice the tokens: for patch 16 that is the original's 2x2 max-pooling, for patch
-    8 nothing, for patch 14 what LoftUp's repository does.
+    The guide is pooled adaptively to twice the tokens' resolution: for patch size 16 this is the original's 2x2
+    max-pooling, for 8 the identity, for 14 as in LoftUp's repository.
 
     Args:
-        channels: C, of the features.
-        guide_channels: of the image's encoding.
+        channels: C, the channels of the features.
+        guide_channels: channels of the image's encoding.
     Source: Suri et al. 2024, "LiFT: A Surprisingly Simple Lightweight Feature Transform for Dense ViT Descriptors".
     """
 

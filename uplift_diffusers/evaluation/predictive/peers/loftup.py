@@ -1,4 +1,4 @@
-"""LoftUp: every pixel asks all tokens, in two layers of cross-attention."""
+"""LoftUp: every pixel attends to all tokens, in two layers of cross-attention."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -25,12 +25,12 @@ class LoftUp(FeatureUpsampler):
     """
     Fourier features of colours and coordinates become queries, the normalised tokens keys and values.
 
-    The result has the size of the image, so for another size the image is resized. Colours are scaled to the extremes
-    of the whole batch: the result depends on the other images in it.
+    The result has the size of the image, so for another size the image is resized. Colours are scaled by the minimum
+    and maximum of the whole batch, so the result depends on the other images in it.
 
     Args:
-        channels: C, of the features.
-        query_chunk: pixels that attend at a time, None for all of them, as published. The result is the same; the
+        channels: C, the channels of the features.
+        query_chunk: pixels per attention chunk; None for all, as published. The result is the same; the
             scores take 4 * query_chunk * T numbers.
     Source: Huang et al. 2025, "LoftUp: Learning a Coordinate-Based Feature Upsampler for Vision Foundation Models",
         section 3.1. Frequencies and the layout of the phases are those of the published code.
@@ -107,7 +107,7 @@ class _Transformer(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, query: torch.Tensor, tokens: torch.Tensor, query_chunk: int | None) -> torch.Tensor:
-        """(B, P, D) and (B, T, D) -> (B, P, D). Pixels do not see each other, so they may come in chunks."""
+        """(B, P, D) and (B, T, D) -> (B, P, D). Pixels do not attend to each other, so chunks are exact."""
         chunks = []
         for part in split_queries(query.shape[1], query_chunk):
             hidden = query[:, part]
@@ -145,7 +145,7 @@ class _FeedForward(nn.Module):
 
 
 def minmax(image: torch.Tensor) -> torch.Tensor:
-    """Each colour to [-0.5, 0.5] by its extremes over the whole batch."""
+    """Scale each colour channel to [-0.5, 0.5] by its minimum and maximum over the whole batch."""
     low, high = (extreme(image, dim=(0, 2, 3), keepdim=True) for extreme in (torch.amin, torch.amax))
     return (image - low) / (high - low).clamp_min(1e-4) - 0.5
 

@@ -1,4 +1,4 @@
-"""NAF: neighbourhood attention in which the image alone decides."""
+"""NAF: neighbourhood attention with queries and keys from the image only."""
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +15,13 @@ MAX_SHRINK = 4
 
 class NAF(FeatureUpsampler):
     """
-    Queries and keys come from the image at the output's and at the tokens' resolution; the features are only mixed, a
-    quarter of the channels by each head, over 9x9 tokens.
+    Queries and keys come from the image at the output's and at the tokens' resolution; the features are only averaged,
+    a quarter of the channels by each head, over 9x9 tokens.
 
     Args:
-        width: of queries and keys.
+        width: width of queries and keys.
     Raises:
-        ValueError: fewer than 9 tokens along a side, or channels that four heads cannot share.
+        ValueError: there are fewer than 9 tokens along a side, or the channels are not a multiple of the heads.
     Source: Chambon et al. 2025, "NAF: Zero-Shot Feature Upsampling via Neighborhood Attention Filtering", section 3.
         The reduction of large images and the heads' shares of the channels are the published code's.
     """
@@ -73,9 +73,10 @@ class _Block(nn.Module):
 
 class RotaryPositions(nn.Module):
     """
-    Turns pairs of a head's channels by angles of the position: rows in one half of the pairs, columns in the other.
+    Rotates pairs of a head's channels by angles of the position: rows for one half of the pairs, columns for the
+    other.
 
-    Positions are the centres of a grid from -1 to 1 along each axis. While training, both are magnified by a common
+    Positions are the centres of a grid from -1 to 1 along each axis. In training, both are scaled by a common
     random factor between 1/2 and 2.
     """
 
@@ -107,8 +108,8 @@ def neighborhood_attention(queries: torch.Tensor, keys: torch.Tensor, values: to
     """
     Attention of every position to the 9x9 tokens around it.
 
-    Published as a dilated neighbourhood attention over keys and values enlarged to the output's size, dilation H // h.
-    The enlarged maps repeat the tokens, so here the tokens themselves are looked up; positions that see the same ones
+    Published as a dilated neighbourhood attention over keys and values upsampled to the output's size, dilation H //
+    h. The upsampled maps repeat the tokens, so here the tokens themselves are indexed; positions with the same tokens
     share a matrix product.
 
     Args:
@@ -153,10 +154,10 @@ def neighborhood_attention(queries: torch.Tensor, keys: torch.Tensor, values: to
 
 def window_tokens(length: int, count: int) -> torch.Tensor:
     """
-    (length, 9): the tokens that each of `length` output positions sees along an axis of `count` tokens.
+    (length, 9): the tokens in the window of each of `length` output positions along an axis of `count` tokens.
 
-    Of the positions in steps of `length // count` from a given one, the nine nearest that lie inside: at the borders
-    the window is shifted. Each lies in one token.
+    The window consists of the nine nearest positions in steps of `length // count` that lie inside the axis, so it is
+    shifted at the borders. Each position lies in one token.
     """
     dilation = length // count
     position = torch.arange(length)
@@ -169,7 +170,7 @@ def window_tokens(length: int, count: int) -> torch.Tensor:
 
 def _group(tokens: torch.Tensor, cell: int) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
     """
-    Neighbouring positions that see the same tokens, `cell` of them at most: all positions in the order of the groups,
+    Groups of at most `cell` neighbouring positions with the same tokens: all positions in the order of the groups,
     and for each group its positions and (9,) tokens.
     """
     cells = torch.arange(len(tokens)) // cell
