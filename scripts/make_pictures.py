@@ -66,8 +66,11 @@ def plot_curves() -> None:
             if values:
                 axes[1].plot(*zip(*values), marker="o", label=name)
         axes[0].set_title(stage)
-        axes[1].set_xlabel("step")
-        axes[1].legend()
+        if axes[1].lines:
+            axes[1].set_xlabel("step")
+            axes[1].legend()
+        else:
+            axes[1].set_axis_off()  # a run without validation
         if column == 0:
             axes[0].set_ylabel("loss")
             axes[1].set_ylabel("dB")
