@@ -1,14 +1,22 @@
 """
-Damaged files of every format that is read: python -m benchmarks.fuzz --count 20000 --seconds 300 --seed 0
+Hostile input of three kinds: python -m benchmarks.fuzz --part files --count 20000 --seconds 300 --seed 0
 
-Every file is a whole one with some bytes changed, moved, repeated or cut off, made from its seed alone. It is opened,
-and if that succeeds a small part of it is saved. What may happen is a picture, or an OSError or ValueError of one
-line. Other exceptions, more than ten seconds of work, processes started and crashes of the interpreter are counted
-and their seeds printed. `--seed N --count 1` repeats one.
+- files: pictures of every format that is read, with some bytes changed, moved, repeated or cut off. Each is opened,
+  and if that succeeds a small part of it is saved. What may happen is a picture, or an OSError or ValueError of one
+  line.
+- models: folders of saved pipelines with damage, see `fuzz_models`. What may happen is a pipeline, or one sentence.
+- commands: command lines of `uplift-diffusers`, see `fuzz_commands`. What may happen is an exit code that `--help`
+  names, and for what is not even begun one line on stderr. `processes` are the same, each in a process of its own with
+  an odd environment too, which takes ten times as long.
+
+Every case is made from its seed alone: `--seed N --count 1` repeats one. Other exceptions, more than ten seconds of
+work, code that ran, processes started and crashes of the interpreter are counted and their seeds printed.
 """
 
 import argparse
+import faulthandler
 import io
+import os
 import subprocess
 import sys
 import tempfile
@@ -16,6 +24,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,77 +33,123 @@ from PIL import Image, ImageCms, PngImagePlugin
 from uplift_diffusers.images.files import INPUT_FORMATS, OUTPUT_FORMATS, open_image, plan_saving, save_image
 
 MAX_SECONDS = 10
+"""Of work on one case, in processor time."""
+
+MAX_WAITING_S = 400
+"""Of one case in all, after which its process is ended."""
+
+MAX_MEMORY_BYTES = 16 * 2**30
+"""Of address space, so that a case that asks for more gets an error instead of the machine."""
+
+PARTS = ("files", "models", "commands", "processes")
+
 _PROCESS_EVENTS = ("subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn")
+_FINE = ("opened", "refused")
+_FAULTS = ("traceback", "hang", "code", "process", "crash")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; 1 if anything happened that should not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=2000, help="files (default: 2000)")
+    parser.add_argument("--part", choices=PARTS, default="files", help="(default: files)")
+    parser.add_argument("--count", type=int, default=2000, help="cases (default: 2000)")
     parser.add_argument("--seconds", type=float, default=300, help="after which it ends (default: 300)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first file (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first case (default: 0)")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.worker:
-        return _work(options.seed, options.count, options.seconds)
+        return _work(options.part, options.seed, options.count, options.seconds)
 
     begun, seed, counts = time.monotonic(), options.seed, Counter()
     end = options.seed + options.count
     while seed < end and (left := options.seconds - (time.monotonic() - begun)) > 0:
-        command = [sys.executable, "-m", "benchmarks.fuzz", "--worker", "--seed", str(seed)]
+        command = [sys.executable, "-m", "benchmarks.fuzz", "--worker", "--part", options.part, "--seed", str(seed)]
         command += ["--count", str(end - seed), "--seconds", str(left)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}  # names of repositories are asked for nowhere
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as worker:
             current = seed
             for line in worker.stdout:
                 kind, number, *rest = line.rstrip("\n").split("\t")
                 current = int(number)
                 if kind != "begin":
                     counts[kind] += 1
-                if kind not in ("begin", "opened", "refused"):
+                if kind in _FAULTS:
                     print(f"seed {current}: {kind} {' '.join(rest)}", flush=True)
         if worker.returncode == 0:
             break
         counts["crash"] += 1
         print(f"seed {current}: the interpreter ended with {worker.returncode}", flush=True)
         seed = current + 1
-    kinds = ("opened", "refused", "traceback", "hang", "process", "crash")
-    print(f"{counts['opened'] + counts['refused'] + counts['traceback']} files from seed {options.seed} on in "
-          f"{time.monotonic() - begun:.0f} s: " + ", ".join(f"{counts[kind]} {kind}" for kind in kinds))  # fmt: skip
-    return int(any(counts[kind] for kind in kinds[2:]))
+    tried = sum(counts[kind] for kind in (*_FINE, "traceback", "code"))
+    found = ", ".join(f"{counts[kind]} {kind}" for kind in (*_FINE, *_FAULTS))
+    print(f"{tried} {options.part} from seed {options.seed} on in {time.monotonic() - begun:.0f} s: {found}")
+    return int(any(counts[kind] for kind in _FAULTS))
 
 
-def _work(first_seed: int, count: int, seconds: float) -> int:
-    """Open `count` files and print what happened, a line each."""
+def _work(part: str, first_seed: int, count: int, seconds: float) -> int:
+    """Try `count` cases and print what happened, a line each."""
+    with suppress(ImportError):  # not on Windows
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
     state = {"seed": first_seed}
+    output = sys.stdout  # which a case may put something else in the place of
+
+    def note(kind: str, *details: object) -> None:
+        print(kind, state["seed"], *details, sep="\t", file=output, flush=True)
 
     def on_event(event: str, details: tuple) -> None:
         if event in _PROCESS_EVENTS:
-            print("process", state["seed"], event, sep="\t", flush=True)
+            note("process", event)
 
-    sources = make_sources()
-    sys.addaudithook(on_event)
-    begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
+        attempt = _prepare(part, Path(folder))
+        if part in ("files", "models"):  # commands start some, such as workers that load data
+            sys.addaudithook(on_event)
+        begun = time.monotonic()
         for seed in range(first_seed, first_seed + count):
             if time.monotonic() - begun > seconds:
                 break
             state["seed"] = seed
-            print("begin", seed, sep="\t", flush=True)
-            name, data = damaged(sources, seed)
+            note("begin")
+            faulthandler.dump_traceback_later(MAX_WAITING_S, exit=True)
             started = time.process_time()
             try:
-                _open_and_save(data, Path(folder), seed)
-                outcome = "opened"
-            except (OSError, ValueError) as error:
-                outcome = "refused" if len(str(error).splitlines()) <= 1 else "traceback"
+                outcome, what = attempt(seed)
             except Exception as error:
-                outcome = "traceback"
-                place = traceback.extract_tb(error.__traceback__)[-1]
-                print(f"{name}: {error!r} in {place.filename}:{place.lineno}", file=sys.stderr)
-            print(outcome, seed, name, sep="\t", flush=True)
+                outcome, what = "traceback", repr(error).replace("\n", " ")
+                traceback.print_exception(error, file=sys.__stderr__)
+            faulthandler.cancel_dump_traceback_later()
+            note(outcome, what)
             if (spent := time.process_time() - started) > MAX_SECONDS:
-                print("hang", seed, name, f"{spent:.1f} s", sep="\t", flush=True)
+                note("hang", what, f"{spent:.1f} s")
     return 0
+
+
+def _prepare(part: str, folder: Path) -> Callable[[int], tuple[str, str]]:
+    """The function that tries the case of a seed: what happened, and the case in words."""
+    if part == "files":
+        return _prepare_files(folder)
+    # Not above: the process that starts the workers needs neither torch nor models.
+    from benchmarks import fuzz_commands, fuzz_models
+
+    if part == "models":
+        return fuzz_models.prepare(folder)
+    return fuzz_commands.prepare(folder, in_process=part == "processes")
+
+
+def _prepare_files(folder: Path) -> Callable[[int], tuple[str, str]]:
+    sources = make_sources()
+
+    def attempt(seed: int) -> tuple[str, str]:
+        name, data = damaged(sources, seed)
+        try:
+            _open_and_save(data, folder, seed)
+        except (OSError, ValueError) as error:
+            return "refused" if len(str(error).splitlines()) <= 1 else "traceback", name
+        return "opened", name
+
+    return attempt
 
 
 def _open_and_save(data: bytes, folder: Path, seed: int) -> None:

@@ -1,13 +1,15 @@
 """The networks that the benchmarks compare, and the benchmarks themselves at a small size."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from benchmarks import inference, upsampler_trials, vae_tiling
+from benchmarks import fuzz, fuzz_commands, fuzz_models, inference, kills, upsampler_trials, vae_tiling
 from benchmarks.measure import fit_exponent, interleave
 from benchmarks.reference import OFFSETS, PlainUPLiFT
 from tests.components import make_local_vae, make_vae, seeded, smooth_images
@@ -226,3 +228,53 @@ def test_trials_train_and_are_measured(tmp_path, capsys, monkeypatch):
         assert steps > 0
         assert 0 < centre < 1
         assert all(now > float(then) for now, then in zip(psnr, before[-4:-1], strict=True))
+
+
+def test_a_handful_of_damaged_files_and_models_and_odd_commands_are_refused_or_taken(tmp_path):
+    for part, count in (("files", 20), ("models", 8), ("commands", 8)):
+        folder = tmp_path / part
+        folder.mkdir()
+        attempt = fuzz._prepare(part, folder)
+        for seed in range(1, count + 1):
+            outcome, what = attempt(seed)
+            assert outcome in ("opened", "refused"), (seed, what)
+
+
+def test_every_damage_of_a_model_changes_it(tmp_path):
+    sources = fuzz_models.save_models(tmp_path / "whole")
+    for number, damage in enumerate(dict.fromkeys(fuzz_models.DAMAGES)):
+        model = shutil.copytree(sources["tiny"], tmp_path / f"{number}")
+        damage(model, np.random.default_rng(number), tmp_path / fuzz_models.CANARY)
+        assert read_tree(model) != read_tree(sources["tiny"]), damage
+
+
+def read_tree(folder):
+    """What is below a folder: the bytes of files, and where links lead."""
+    return {
+        path.relative_to(folder): str(path.readlink()) if path.is_symlink() else path.is_file() and path.read_bytes()
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.mark.parametrize(
+    ("code", "told", "outcome"),
+    [
+        (0, "", "opened"),
+        (2, "uplift-diffusers upscale: error: no.\n", "refused"),
+        (2, "usage: ...\nerror: no.\n", "traceback"),
+        (1, "", "traceback"),
+        (1, "Traceback (most recent call last):\n", "traceback"),
+        (1, "a\x1b[31m.png: no.\n", "traceback"),
+        (139, "a.png: no.\n", "traceback"),
+    ],
+)
+def test_what_a_command_says_is_judged(code, told, outcome):
+    assert fuzz_commands._judge("upscale", code, told) == outcome
+
+
+@pytest.mark.slow
+def test_two_kills_of_a_folder_job_and_one_of_a_training_leave_no_trace(capsys):
+    assert kills.main(["--folders", "2", "--trainings", "1", "--seed", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" (")[0] for line in lines] == ["2 kills", "1 kills"]
+    assert all("0 half, 0 wrong, 0 left, 0 exit code" in line for line in lines)

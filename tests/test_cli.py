@@ -808,6 +808,7 @@ def test_a_device_that_is_not_there_is_an_error(model, tmp_path, capsys, device)
         ({"WORLD_SIZE": "x"}, "WORLD_SIZE must be a whole number of at least 1, got 'x'."),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE must be a whole number of at least 1, got '0'."),
         ({"WORLD_SIZE": "-3"}, "WORLD_SIZE must be a whole number of at least 1, got '-3'."),
+        ({"WORLD_SIZE": "9" * 5000}, f"WORLD_SIZE must be a whole number of at least 1, got '{'9' * 39}. Unset it."),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE must come with RANK and MASTER_ADDR and MASTER_PORT, got 2 without them."),
         ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK must be below WORLD_SIZE, which is 2, got 2."),
         ({"RANK": "first"}, "RANK must be a whole number of at least 0, got 'first'."),
@@ -874,6 +875,34 @@ def test_scales_out_of_range_are_refused(upscale, tmp_path, capsys, scale):
 def test_arguments_that_are_wrong_are_named_in_one_line(capsys, arguments, message):
     assert main(list(arguments)) == 2
     assert message in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--recipe", "x"], "argument --recipe: invalid choice: 'x'"),
+        (["train", "--train_data_dir", "a\0b"], "an argument must not hold a null character, got 'a\\x00b'"),
+        (["train", "--output_dir=--"], "argument --output_dir: expected a value, got '--'"),
+        (["train", "--config", "odd\x1b[31m.yaml"], "odd"),
+        (["train-features", "--depths", "x"], "argument --depths: invalid int value: 'x'"),
+        (["evaluate", "--scales", "x"], "argument --scales: invalid"),
+        (["evaluate-features", "--task", "x" * 5000], "argument --task: invalid choice: 'xxx"),
+    ],
+)
+def test_every_command_tells_a_mistake_in_one_line_that_a_terminal_can_show(capsys, arguments, message):
+    assert main(arguments) in (1, 2)
+    line = error_line(capsys)
+    assert message in line
+    assert line.isprintable()
+    assert len(line) < 1100
+
+
+def test_an_interrupted_training_says_so_in_one_line(capsys, monkeypatch):
+    from uplift_diffusers.training import train
+
+    monkeypatch.setattr(train, "main", lambda arguments: signal.raise_signal(signal.SIGTERM))
+    assert main(["train"]) == 143
+    assert error_line(capsys) == "Interrupted. The outputs written so far are whole."
 
 
 def test_version_is_that_of_the_package(capsys):

@@ -114,6 +114,30 @@ def test_visitors_take_turns(jobs):
     assert events == ["greedy 0", "late", "last", "greedy 1", "greedy 2", "greedy 3"]
 
 
+def test_addresses_take_turns_however_many_visitors_one_of_them_has(jobs):
+    events, first_began, go_on = [], threading.Event(), threading.Event()
+
+    async def ask(name, visitor, address):
+        def work(job):
+            first_began.set()
+            go_on.wait()
+            events.append(name)
+
+        await jobs.run(work, visitor=visitor, address=address, report=ignore)
+
+    async def visit():
+        tasks = [asyncio.create_task(ask(f"flood {n}", f"name {n}", "x")) for n in range(4)]
+        await asyncio.to_thread(first_began.wait)
+        tasks += [asyncio.create_task(ask(f"honest {n}", "somebody", "y")) for n in range(2)]
+        await asyncio.sleep(0)
+        go_on.set()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(visit())
+    assert events == ["flood 0", "honest 0", "flood 1", "honest 1", "flood 2", "flood 3"]
+    assert not jobs._turns
+
+
 def test_a_visitor_is_told_the_place_and_no_one_elses(jobs):
     reports, go_on = {name: [] for name in "abc"}, threading.Event()
 

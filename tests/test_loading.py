@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.components import make_local_vae, make_tiny_vae, make_upsampler
+from tests.feature_parts import make_feature_pipeline
 from tests.hub_server import HubServer, point_at, set_offline
 from uplift_diffusers import AutoencoderLocal, UPLiFTSuperResolutionPipeline
-from uplift_diffusers.loading import LoadingError, load_pipeline, load_vae
+from uplift_diffusers.loading import LoadingError, load_feature_pipeline, load_pipeline, load_vae
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -181,6 +182,88 @@ def test_a_pipeline_of_another_kind_or_without_its_vae_is_told(model):
     (model / "model_index.json").write_text(json.dumps(entries))
     assert "was saved without its vae. Name a --vae." in sentence_of(model)
     assert load_pipeline(model, vae=model / "vae").latent_space.name == "test-local"
+
+
+# Pipelines of features
+
+
+@pytest.fixture(scope="module")
+def saved_features(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved_features")
+    make_feature_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def features(saved_features, tmp_path):
+    """A copy of that folder to be damaged."""
+    return shutil.copytree(saved_features, tmp_path / "features")
+
+
+def sentence_of_features(*arguments, **options):
+    with pytest.raises(LoadingError) as caught:
+        load_feature_pipeline(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_pipeline_of_features_is_loaded_whole_or_by_its_parts_and_nothing_is_said(saved_features, capfd):
+    expected = make_feature_pipeline()
+    parts = {"backbone": saved_features / "backbone", "upsampler": saved_features / "upsampler"}
+    for loaded in (load_feature_pipeline(saved_features), load_feature_pipeline(**parts)):
+        assert loaded.feature_backbone.space == expected.feature_backbone.space
+        for part in parts:
+            state, wanted = getattr(loaded, part).state_dict(), getattr(expected, part).state_dict()
+            assert state.keys() == wanted.keys()
+            assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("content", ["[]", "7", "{", "", "[" * 100_000])
+@pytest.mark.parametrize("name", ["model_index.json", "backbone/config.json", "upsampler/config.json"])
+def test_json_of_any_shape_in_a_pipeline_of_features_is_told(features, name, content):
+    (features / name).write_text(content)
+    assert name.rpartition("/")[2] in sentence_of_features(features)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_size": 10**9}, "has the number 1e+09"),
+        ({"layer_norm_eps": [1]}, "cannot be loaded"),
+        ({"model_type": "vit"}, "must hold a model of type dinov2"),
+        ({"auto_map": {"AutoConfig": "evil.Evil"}, "model_type": "evil"}, "cannot be loaded"),
+        ({"hidden_size": 48}, "must be"),
+    ],
+)
+def test_a_configuration_that_makes_no_backbone_is_told(features, change, words):
+    (features / "backbone" / "evil.py").write_text(f"open({str(features / 'was-run')!r}, 'w')")
+    config = json.loads((features / "backbone" / "config.json").read_text())
+    (features / "backbone" / "config.json").write_text(json.dumps({**config, **change}))
+    assert words in sentence_of_features(features)
+    assert not (features / "was-run").exists()
+
+
+def test_weights_of_a_backbone_that_lack_a_tensor_or_are_a_pickle_are_told(features):
+    path = features / "backbone" / "model.safetensors"
+    weights = load_file(path)
+    name = sorted(weights)[-1]
+    save_file({key: value for key, value in weights.items() if key != name}, path, metadata={"format": "pt"})
+    assert "must have all tensors of the network, got no " in sentence_of_features(features)
+    torch.save(weights, path.with_name("pytorch_model.bin"))
+    path.unlink()
+    assert "has no safetensors, got pytorch_model.bin, a pickle" in sentence_of_features(features)
+    assert "without backbone" in sentence_of_features(_without(features, "backbone"))
+
+
+def _without(model, part):
+    index = json.loads((model / "model_index.json").read_text())
+    del index[part]
+    (model / "model_index.json").write_text(json.dumps(index))
+    return model
+
+
+# The hub
 
 
 def test_repositories_are_fetched_and_found_again_offline(saved, hub, monkeypatch):

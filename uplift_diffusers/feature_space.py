@@ -188,24 +188,42 @@ class FeatureBackbone:
         feature_space: str | None = None,
         *,
         image_normalization: str | None = None,
+        subfolder: str = "",
         dtype: torch.dtype = torch.float32,
     ) -> "FeatureBackbone":
         """
         Load a backbone from a folder or the hub: a transformers model, or a timm model of the hub's `timm/...`.
 
+        Weights are read from safetensors only, and no code that lies beside them is run.
+
         Raises:
             TypeError: the model is of another class; raised before its weights are loaded.
+            ValueError: the weights lack a tensor, or have one of another shape.
             OSError: there is no such model.
         """
         from transformers import AutoConfig, AutoModel
 
-        config = AutoConfig.from_pretrained(path)
+        where = {"subfolder": subfolder, "trust_remote_code": False}
+        config = AutoConfig.from_pretrained(path, **where)
         if config.model_type not in MODELS:
             raise TypeError(f"`{path}` must hold a model of type {_either(MODELS)}, got {config.model_type}.")
         if config.model_type == "timm_wrapper" and not (config.model_args or {}).get("features_only"):
             config.model_args = {**(config.model_args or {}), "dynamic_img_size": True}
         # AutoModel, since the features of AutoBackbone are the same and transformers 5 cannot load it from a folder.
-        model = AutoModel.from_pretrained(path, config=config, dtype=dtype, use_safetensors=True)
+        model, told = AutoModel.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # whose names transformers would not say
+            output_loading_info=True,
+            **where,
+        )
+        missing = sorted(name for name in told["missing_keys"] if not name.endswith("mask_token"))  # for training only
+        if missing:
+            raise ValueError(f"the weights of `{path}` must have all tensors of the network, got no {missing[0]}.")
+        for name, actual, wanted in told["mismatched_keys"]:
+            raise ValueError(f"{name} of `{path}` must be {tuple(wanted)}, got {tuple(actual)}.")
         return cls(model, feature_space, image_normalization=image_normalization)
 
     def resize(self, image: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Loading a VAE or an upscaling pipeline by folder or hub name, with one-sentence errors."""
+"""Loading a VAE, an upscaling or a feature pipeline by folder or hub name, with one-sentence errors."""
 
 import json
 import logging
@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -26,6 +26,10 @@ from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
 from uplift_diffusers.models.upsampler import UPLiFTModel
 from uplift_diffusers.pipelines.super_resolution import UPLiFTSuperResolutionPipeline
 from uplift_diffusers.wording import reason
+
+# transformers is imported where a backbone is loaded.
+if TYPE_CHECKING:
+    from uplift_diffusers.pipelines.features import UPLiFTFeaturePipeline
 
 MAX_CONFIG_NUMBER = 1_000_000
 """Largest number accepted in a network's configuration; larger ones are damage or an attack."""
@@ -62,7 +66,7 @@ def load_pipeline(
     if index is not None:
         subfolder = "upsampler"
         for part in ("upsampler",) if vae is not None else ("upsampler", "vae"):
-            _check_part(model, index, part)
+            _check_part(model, index, part, kind="UPLiFTSuperResolutionPipeline")
         latent_space = index.get("latent_space") if latent_space is None else latent_space
     upsampler = load_upsampler(model, subfolder=subfolder, dtype=dtype)
     autoencoder = load_vae(model if vae is None else vae, dtype=dtype)
@@ -70,6 +74,48 @@ def load_pipeline(
         return UPLiFTSuperResolutionPipeline(vae=autoencoder, upsampler=upsampler, latent_space=latent_space)
     except (TypeError, ValueError) as error:
         raise LoadingError(f"{model} cannot be used: {reason(error)}") from error
+
+
+def load_feature_pipeline(
+    model: str | os.PathLike | None = None,
+    *,
+    backbone: str | os.PathLike | None = None,
+    upsampler: str | os.PathLike | None = None,
+    feature_space: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> "UPLiFTFeaturePipeline":
+    """
+    Load a pipeline of features, from local folders or the hub. Weights are read from safetensors only.
+
+    Args:
+        model: a saved UPLiFTFeaturePipeline; None with `backbone` and `upsampler`.
+        backbone: a vision transformer that [`FeatureBackbone`] takes.
+        upsampler: a UPLiFTModel for its features.
+        feature_space: the name of the features, where the backbone's configuration does not say it.
+        dtype: of the weights.
+    Returns:
+        The pipeline, on the CPU.
+    Raises:
+        LoadingError: something of it is missing, damaged, of another kind or out of reach.
+        ImportError: transformers is not installed.
+    """
+    from uplift_diffusers.pipelines.features import UPLiFTFeaturePipeline
+
+    places, normalization = {"backbone": (backbone, None), "upsampler": (upsampler, None)}, None
+    if model is not None:
+        index = _read_config(model, "model_index.json")
+        if index is None:
+            raise LoadingError(f"{model} is not a pipeline.")
+        for part in places:
+            _check_part(model, index, part, kind="UPLiFTFeaturePipeline")
+        places = {part: (model, part) for part in places}
+        feature_space = index.get("feature_space") if feature_space is None else feature_space
+        normalization = index.get("image_normalization")
+    network = _load_backbone(*places["backbone"], dtype)
+    place, subfolder = places["upsampler"]
+    trained = load_upsampler(place, subfolder=subfolder, dtype=dtype)
+    with _errors_told(model if model is not None else upsampler):
+        return UPLiFTFeaturePipeline(network, trained, feature_space=feature_space, image_normalization=normalization)
 
 
 def load_vae(path: str | os.PathLike, *, dtype: torch.dtype = torch.float32) -> Autoencoder:
@@ -123,6 +169,39 @@ def load_upsampler(
 def _load_model(
     kind: type[ModelMixin], path: str | os.PathLike, subfolder: str | None, config: dict, dtype: torch.dtype
 ) -> Any:
+    place = _check_files(path, subfolder, config)
+    where = {} if subfolder is None else {"subfolder": subfolder}
+    with _errors_told(place):
+        loaded: Any = kind.from_pretrained(path, use_safetensors=True, output_loading_info=True, **where)
+        model, told = loaded
+        for keys, fault in (("missing_keys", "lack"), ("unexpected_keys", "have, and the network has not,")):
+            if names := sorted(told[keys]):
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise ValueError(f"its weights {fault} the tensor {names[0]}{more}.")
+        return model.to(dtype)
+
+
+def _load_backbone(path: str | os.PathLike, subfolder: str | None, dtype: torch.dtype) -> Any:
+    from transformers.utils import logging as transformers_logging
+
+    from uplift_diffusers.feature_space import FeatureBackbone
+
+    config = _read_config(path, "config.json", subfolder)
+    if config is None:
+        raise LoadingError(f"{path} must have a file {subfolder + '/' if subfolder else ''}config.json, got none.")
+    place = _check_files(path, subfolder, config)
+    shows_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with _errors_told(place):
+            return FeatureBackbone.from_pretrained(path, subfolder=subfolder or "", dtype=dtype).model
+    finally:
+        if shows_bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _check_files(path: str | os.PathLike, subfolder: str | None, config: dict) -> str:
+    """The name of a network's folder. Raises LoadingError if its configuration or its weights must not be loaded."""
     place = f"{path}/{subfolder}" if subfolder else f"{path}"
     if (too_large := _largest_number(config)) > MAX_CONFIG_NUMBER:
         raise LoadingError(f"{place} cannot be loaded: its configuration has the implausible number {too_large:.6g}.")
@@ -133,15 +212,7 @@ def _load_model(
             f"{place} has no safetensors, got {pickles[0]}, a pickle, which can run code and is never loaded. "
             "Save it with safe_serialization=True."
         )
-    where = {} if subfolder is None else {"subfolder": subfolder}
-    with _errors_told(place):
-        loaded: Any = kind.from_pretrained(path, use_safetensors=True, output_loading_info=True, **where)
-        model, told = loaded
-        for keys, fault in (("missing_keys", "lack"), ("unexpected_keys", "have, and the network has not,")):
-            if names := sorted(told[keys]):
-                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                raise ValueError(f"its weights {fault} the tensor {names[0]}{more}.")
-        return model.to(dtype)
+    return place
 
 
 def _read_config(path: str | os.PathLike, name: str, subfolder: str | None = None) -> dict | None:
@@ -183,16 +254,17 @@ def _fetch(repository: str | os.PathLike, name: str, subfolder: str | None) -> P
 
 @contextmanager
 def _errors_told(place: str | os.PathLike) -> Iterator[None]:
-    """Turn every exception in the block into a LoadingError, and silence diffusers' logger."""
-    logger = logging.getLogger("diffusers")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    """Turn every exception in the block into a LoadingError, and silence the loggers of the libraries."""
+    levels = {name: logging.getLogger(name).level for name in ("diffusers", "transformers")}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         yield
     except Exception as error:  # what a loader raises depends on the damage
         raise LoadingError(f"{place} cannot be loaded: {_why(error)}") from error
     finally:
-        logger.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _why(error: BaseException) -> str:
@@ -217,11 +289,10 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _check_part(path: str | os.PathLike, index: dict, part: str) -> None:
-    """Raise LoadingError unless the index of a pipeline names a class for `part`."""
+def _check_part(path: str | os.PathLike, index: dict, part: str, *, kind: str) -> None:
+    """Raise LoadingError unless the index of a pipeline, which should be a `kind`, names a class for `part`."""
     if part not in index:
-        kind = index.get("_class_name")
-        raise LoadingError(f"{path} must be a UPLiFTSuperResolutionPipeline, got {kind} without {part}.")
+        raise LoadingError(f"{path} must be a {kind}, got a {index.get('_class_name')} without {part}.")
     entry = index[part]
     if entry == [None, None]:
         raise LoadingError(f"{path} was saved without its {part}. Name a --{part}.")

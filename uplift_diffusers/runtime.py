@@ -141,6 +141,6 @@ def _cpu_info(name: str) -> str:
 
 def _number_in_environment(name: str, *, default: int, least: int) -> int:
     text = os.environ.get(name, str(default))
-    if not (text.isascii() and text.isdigit() and int(text) >= least):
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {text!r}. Unset it.")
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= least):
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {text!r:.40}. Unset it.")
     return int(text)

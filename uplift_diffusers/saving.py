@@ -89,10 +89,11 @@ def folder_when_whole(path: str | Path, *, overwrite: bool = False) -> Iterator[
                     with open(Path(place, name), "rb") as file:
                         os.fsync(file.fileno())
                 sync(Path(place))
-            if replaces:
-                shutil.rmtree(path)
-            check_output_path(path)
-            os.rename(partial, path)
+            with _partial(path.parent) as previous:  # removed once the new one is in its place
+                if replaces:
+                    os.rename(path, previous)
+                check_output_path(path)
+                os.rename(partial, path)
         sync(path.parent)
 
 

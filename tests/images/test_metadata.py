@@ -301,8 +301,31 @@ def test_chunks_that_mean_another_space_than_srgb_are_told(chunks, meaning):
 def test_marks_of_adobe_rgb_go_where_exif_goes_and_are_told_elsewhere():
     source = OpenedImage(picture(), Metadata(exif=EXIF))
     assert plan_saving(source, ".webp").metadata.exif.interoperability[1].data == b"R03\0"
-    assert plan_saving(source, ".bmp").losses == ("a .bmp cannot hold its EXIF data (with their mark of Adobe RGB): "
-                                                  "left out.",)  # fmt: skip
+    told = ("a .bmp cannot hold its EXIF data (with their mark of Adobe RGB): left out.",)
+    assert plan_saving(source, ".bmp").losses == told
+    number = Exif("<", {}, exposure={0xA001: Entry(3, 1, b"\2\0")})  # ColorSpace 2, as some cameras have it
+    assert plan_saving(OpenedImage(picture(), Metadata(exif=number)), ".bmp").losses == told
+
+
+def test_a_bitmap_with_a_gamma_and_primaries_of_its_own_keeps_their_meaning():
+    adobe = [0.5767, 0.2973, 0.0270, 0.1856, 0.6274, 0.0707, 0.1882, 0.0753, 0.9911]  # X, Y, Z of red, green, blue
+    numbers = [round(value * 2**30) for value in adobe] + [round(2.2 * 65536)] * 3
+    header = struct.pack("<IiiHHIIiiII", 108, 4, 4, 1, 24, 0, 48, 0, 0, 0, 0) + b"\0" * 16
+    header += bytes(4) + struct.pack("<12I", *numbers)
+    bitmap = b"BM" + struct.pack("<IHHI", 14 + 108 + 48, 0, 0, 122) + header + bytes(48)
+    chunks = opened(bitmap).metadata.color_chunks
+    assert struct.unpack(">I", chunks[b"gAMA"]) == (45455,)
+    wanted = [31270, 32900, 64000, 33000, 21000, 71000, 15000, 6000]
+    assert struct.unpack(">8I", chunks[b"cHRM"]) == pytest.approx(wanted, abs=20)
+    assert "their own primaries (cHRM)" in plan_saving(opened(bitmap), ".jpg").losses[0]
+    ordinary = bitmap[:70] + b"BGRs" + bitmap[74:]  # "sRGB"
+    assert opened(ordinary).metadata.color_chunks is None
+
+
+def test_a_curve_of_brightness_is_told():
+    values = np.zeros((2, 2, 3), np.uint8)
+    told = opened(tiff(values, photometric=2, t301=list(range(256)))).losses
+    assert told == ("its curve of brightness (TransferFunction) is left out.",)
 
 
 # Texts

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uplift_diffusers.cli.arguments import parse_count
-from uplift_diffusers.cli.console import CommandError, as_flags, say, tell
+from uplift_diffusers.console import CommandError, as_flags, say, tell
 from uplift_diffusers.images.files import OUTPUT_FORMATS, open_image, save_image
-from uplift_diffusers.runtime import choose_device, dtype_option
+from uplift_diffusers.runtime import choose_device
 from uplift_diffusers.saving import make_writable_folder, replaced_when_whole
 from uplift_diffusers.wording import reason
 
@@ -127,28 +127,21 @@ def _load(options: argparse.Namespace) -> "UPLiFTFeaturePipeline":
         raise CommandError(as_flags(error)) from error
 
     import torch
-    from huggingface_hub.errors import HTTPError
 
-    from uplift_diffusers.feature_space import FeatureBackbone
-    from uplift_diffusers.models.upsampler import UPLiFTModel
+    from uplift_diffusers.loading import LoadingError, load_feature_pipeline
 
     try:
-        from uplift_diffusers.pipelines.features import UPLiFTFeaturePipeline
+        pipeline = load_feature_pipeline(
+            options.model,
+            backbone=options.backbone or BACKBONE,
+            upsampler=options.upsampler or UPSAMPLER,
+            feature_space=options.feature_space,
+            dtype=getattr(torch, options.dtype),
+        )
+        pipeline.to(device)
     except ModuleNotFoundError as error:
         raise CommandError(f"{error.name} is missing: pip install 'uplift-diffusers[features]'") from error
-
-    dtype = getattr(torch, options.dtype)
-    settings = {} if options.feature_space is None else {"feature_space": options.feature_space}
-    loading = {"use_safetensors": True, **dtype_option(dtype)}
-    try:
-        if options.model is not None:
-            pipeline = UPLiFTFeaturePipeline.from_pretrained(options.model, **loading, **settings)
-        else:
-            backbone = FeatureBackbone.from_pretrained(options.backbone or BACKBONE, dtype=dtype).model
-            upsampler = UPLiFTModel.from_pretrained(options.upsampler or UPSAMPLER, **loading)
-            pipeline = UPLiFTFeaturePipeline(backbone, upsampler, **settings)
-        pipeline.to(device)
-    except (OSError, ValueError, TypeError, ImportError, RuntimeError, HTTPError) as error:
+    except (LoadingError, RuntimeError) as error:  # the second one: the device's memory is too small
         raise CommandError(as_flags(error)) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from uplift_diffusers._version import __version__
 from uplift_diffusers.cli import features, fetch, upscale
-from uplift_diffusers.cli.console import CommandError, Parser, tell
+from uplift_diffusers.console import CommandError, Parser, tell
 
 PROGRAM = "uplift-diffusers"
 
@@ -56,10 +56,10 @@ class InterruptedBySignal(KeyboardInterrupt):
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line, by default that of the process, and return its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and arguments[0] in DELEGATES:
-        return _delegate(arguments[0], arguments[1:])
     with _signals_interrupt():
         try:
+            if arguments and arguments[0] in DELEGATES:
+                return _delegate(arguments[0], arguments[1:])
             return _run(arguments)
         except KeyboardInterrupt as interrupt:
             tell("Interrupted. The outputs written so far are complete.")
@@ -69,12 +69,6 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     parser = _build_parser()
     try:
-        for argument in arguments:
-            # argparse would take the first for no value at all, and the system takes no name with the second.
-            if argument.startswith("--") and argument.endswith("=--"):
-                parser.error(f"argument {argument.removesuffix('=--')}: expected a value, got '--'")
-            if "\0" in argument:
-                parser.error(f"an argument must not hold a null character, got {argument!r}")
         options = parser.parse_args(arguments)
     except SystemExit as stop:  # after --help, --version and errors in the arguments
         return int(stop.code or 0)

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from uplift_diffusers.cli.console import CommandError
+from uplift_diffusers.console import CommandError
 from uplift_diffusers.images.files import INPUT_SUFFIXES, OUTPUT_FORMATS, find_image_files
 from uplift_diffusers.saving import check_output_path
 from uplift_diffusers.wording import reason

@@ -18,7 +18,7 @@ from uplift_diffusers.cli.arguments import (
     parse_share,
     parse_size,
 )
-from uplift_diffusers.cli.console import CommandError, as_flags, say, tell
+from uplift_diffusers.console import CommandError, as_flags, say, tell
 from uplift_diffusers.embedded import embedded_bundle
 from uplift_diffusers.runtime import choose_device, process_share, sum_over_processes
 from uplift_diffusers.scale import MAX_SCALE, check_output_size, resolve_scale, scaled_size

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from uplift_diffusers.cli.console import Parser, as_flags, tell
+from uplift_diffusers.console import Parser, as_flags, tell
 from uplift_diffusers.demo.weights import STABLE_DIFFUSION, UPSAMPLER, Model, Models, Source
 from uplift_diffusers.embedded import embedded_bundle
 from uplift_diffusers.runtime import choose_device

@@ -141,13 +141,20 @@ class _Entry:
     turn: asyncio.Future
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
 
+    @property
+    def names(self) -> tuple[str, str]:
+        """Whose turns count: the address, or the visitor where addresses are not told apart, and the visitor."""
+        visitor = f"visitor {self.visitor}"
+        return (visitor if self.address is None else f"address {self.address}"), visitor
+
 
 class JobQueue:
     """
     Runs one job at a time, always in the same thread. Use it from one event loop at a time.
 
-    Visitors take turns: the next job is that of the visitor who was served longest ago, so a visitor with
-    many jobs delays another one by one job only.
+    Addresses take turns, and so do the visitors of an address: the next job is that of the address, and within it
+    of the visitor, that was served longest ago. A visitor with many jobs, even under many names, delays another by
+    one job only.
 
     Args:
         root: parent of the jobs' folders.
@@ -158,7 +165,7 @@ class JobQueue:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="jobs")
         self._waiting: list[_Entry] = []
         self._working: _Entry | None = None
-        self._turns: dict[str, int] = {}  # by visitor, of those who have jobs: a number that grows with every turn
+        self._turns: dict[str, int] = {}  # of visitors and addresses that have jobs: a number that grows every turn
         self._num_turns = 0
 
     async def run(
@@ -197,8 +204,8 @@ class JobQueue:
                 self._waiting.remove(entry)
             if entry is self._working:
                 self._working = None
-            if all(other.visitor != visitor for other in self._waiting):
-                self._turns.pop(visitor, None)
+            for name in {*entry.names} - {name for other in self._waiting for name in other.names}:
+                self._turns.pop(name, None)
             self._call_next()
             self._tell_places()
 
@@ -235,7 +242,7 @@ class JobQueue:
             self._waiting.remove(entry)
             self._working = entry
             self._num_turns += 1
-            self._turns[entry.visitor] = self._num_turns
+            self._turns |= dict.fromkeys(entry.names, self._num_turns)
             if not entry.turn.done():
                 entry.turn.set_result(None)
 
@@ -243,9 +250,10 @@ class JobQueue:
         """The waiting jobs, the next one first."""
         turns, waiting, order = dict(self._turns), list(self._waiting), []
         for number in range(len(waiting)):
-            entry = min(waiting, key=lambda entry: turns.get(entry.visitor, 0))  # the first of those that are equal
+            # The first of those that are equal.
+            entry = min(waiting, key=lambda entry: [turns.get(name, 0) for name in entry.names])
             waiting.remove(entry)
-            turns[entry.visitor] = self._num_turns + 1 + number
+            turns |= dict.fromkeys(entry.names, self._num_turns + 1 + number)
             order.append(entry)
         return order
 

@@ -111,7 +111,7 @@ def _enlarge_file(
     job.plan({"Enlarging": 1}, prefix=prefix)
     opened = _open(job, source, scale=scale, max_pixels=max_pixels)
     image = _enlarge(job, opened.image, pipeline=pipeline, scale=scale)
-    job.aside(save_image, image, target, metadata=opened.metadata)
+    job.aside(save_image, image, target, metadata=opened.metadata, check=job.check)
     original = job.folder / "original" / target.name
     original.parent.mkdir(exist_ok=True)
     job.aside(save_for_browser, opened.image, original)
@@ -167,7 +167,7 @@ def compare_methods(
     panes = []
     for label, image in images.items():
         path = job.folder / f"{source.stem} {label.lower().replace(',', '')}.png"
-        job.aside(save_image, image, path)
+        job.aside(save_image, image, path, check=job.check)
         panes.append(Pane(path, label, image.size))
     return panes
 
@@ -241,7 +241,7 @@ def create(job: Job, request: Request, *, pipeline: "UPLiFTTextToImagePipeline",
     panes = []
     for label, (name, image) in zip(("Stable Diffusion", "Enlarged"), images.items()):
         path = job.folder / f"seed {request.seed} {name}.png"
-        job.aside(save_image, image, path)
+        job.aside(save_image, image, path, check=job.check)
         panes.append(Pane(path, label, image.size))
     return panes[0], panes[1]
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uplift_diffusers.console import Parser, in_one_line, say, tell
 from uplift_diffusers.embedded import embedded_bundle
 
 # Imported where it is needed: --help has to answer at once, and without what the extra installs.
@@ -118,25 +119,27 @@ def main(arguments: list[str] | None = None, *, program: str = "uplift-diffusers
     try:
         _check_installed()
         _check_options(options)
-        run(EvaluationOptions(**options, command=f"{program} {shlex.join(arguments)}"))
+        printed = run(EvaluationOptions(**options, command=f"{program} {shlex.join(arguments)}"))
     except (OSError, ValueError, TypeError, ImportError) as error:
-        print(error, file=sys.stderr)
+        tell(in_one_line(error))
         return 1
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        print("Out of memory. Try smaller crops (--crop), another --dtype or other --methods.", file=sys.stderr)
+        tell("Out of memory. Try smaller crops (--crop), another --dtype or other --methods.")
         return 1
     except KeyboardInterrupt:
-        print("Interrupted. The measurements in --output_dir are kept for the next run.", file=sys.stderr)
+        tell("Interrupted. The measurements in --output_dir are kept for the next run.")
         return 130
-    return 0
+    return 0 if printed else 1
 
 
-def run(options: EvaluationOptions) -> None:
+def run(options: EvaluationOptions) -> bool:
     """
-    Measure, in as many processes as were launched, print the tables and write the report.
+    Measure, in as many processes as were launched, write the report and print the tables.
 
+    Returns:
+        Whether the tables could be printed.
     Raises:
         OSError, ValueError, TypeError: an error that the user can fix.
     """
@@ -154,6 +157,7 @@ def run(options: EvaluationOptions) -> None:
     state = PartialState(cpu=on_cpu or not torch.accelerator.is_available(), timeout=PATIENCE)
     if options.output_dir is None and state.num_processes > 1:
         raise ValueError("`output_dir` must be given for several processes, which exchange their results there.")
+    printed = True
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.output_dir or Path(temporary)
         make_writable_folder(folder)
@@ -173,10 +177,11 @@ def run(options: EvaluationOptions) -> None:
                 processes=state.num_processes,
                 dtype=options.dtype,
             )
-            print(report_markdown(results, description))
             if options.output_dir is not None:
                 write_report(evaluation, results, description, folder)
+            printed = say(report_markdown(results, description))
     state.destroy_process_group()
+    return printed
 
 
 def _prepare(options: EvaluationOptions, folder: Path, state: "PartialState") -> "Evaluation":
@@ -228,7 +233,7 @@ def _prepare(options: EvaluationOptions, folder: Path, state: "PartialState") ->
     )
     for note in filter(None, [*notes, *(method.note for method in methods)]):
         if state.is_main_process:
-            print(note, file=sys.stderr)
+            tell(note)
     return Evaluation(protocol, methods, metrics, RecordStore(folder / "records", fresh=options.fresh), device=device)
 
 
@@ -337,7 +342,7 @@ def _edges_to_time(options: EvaluationOptions, protocol: "Protocol", scale: int)
 
 
 def _build_parser(program: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program,
         description="Evaluate upscalers on downsampled photographs, or on latents from Stable Diffusion.",
         epilog=_EPILOG.format(prog=program),

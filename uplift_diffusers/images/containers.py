@@ -10,9 +10,6 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_SIGNATURE = b"\xff\xd8\xff"
 
 _PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
-_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-"""Channels by PNG colour type."""
-
 _PROGRESSIVE, _SCAN, _END = 0xC2, 0xDA, 0xD9
 # In the entropy-coded data of a scan, FF 00 is a byte FF and D0 to D7 are restarts; anything else is the next marker.
 _NEXT_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)

@@ -6,7 +6,7 @@ import stat
 import struct
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -219,7 +219,12 @@ def plan_saving(opened: OpenedImage, suffix: str) -> OpenedImage:
 
 
 def save_image(
-    image: Image.Image, path: str | Path, *, metadata: Metadata | None = None, overwrite: bool = False
+    image: Image.Image,
+    path: str | Path,
+    *,
+    metadata: Metadata | None = None,
+    overwrite: bool = False,
+    check: Callable[[], None] | None = None,
 ) -> None:
     """
     Save an image atomically, in the format of its suffix.
@@ -231,6 +236,7 @@ def save_image(
     Args:
         path: a path with one of the suffixes in `OUTPUT_FORMATS`.
         overwrite: replace an existing file. Links, named pipes, sockets and devices are never replaced.
+        check: called before each block is written. An exception from it ends the saving.
     Raises:
         ValueError: the suffix is not supported, or the range of the pixels is unknown.
         FileExistsError: the path exists and is not to be replaced, even if it has appeared in the meantime.
@@ -244,7 +250,7 @@ def save_image(
     )
     options = {**_SAVE_OPTIONS.get(file_format, {}), **save_options(metadata, file_format)}
     with replaced_when_whole(path, overwrite=overwrite) as file:
-        target: Any = _PythonFile(file)
+        target: Any = _PythonFile(file, check)
         image.save(target, format=file_format, **options)
         if file_format == "TIFF":
             _append_to_tiff(file, metadata)
@@ -253,14 +259,14 @@ def save_image(
 class _PythonFile:
     """A file that Pillow's encoders write to through Python; directly, they lose system errors such as a full disk."""
 
-    def __init__(self, file: IO[bytes]):
-        self.write, self.read, self.seek, self.tell, self.flush = (
-            file.write,
-            file.read,
-            file.seek,
-            file.tell,
-            file.flush,
-        )
+    def __init__(self, file: IO[bytes], check: Callable[[], None] | None = None):
+        self._file, self._check = file, check
+        self.read, self.seek, self.tell, self.flush = file.read, file.seek, file.tell, file.flush
+
+    def write(self, data: bytes) -> int:
+        if self._check is not None:
+            self._check()
+        return self._file.write(data)
 
 
 def _format_of(suffix: str) -> str:

@@ -61,11 +61,15 @@ _STORAGE_TAGS = (
 )
 """Main tags on how the pixels were stored."""
 
+_TRANSFER_FUNCTION = 301
+
 _SIZE_TAGS = (0x9102, 0x9214, 0xA002, 0xA003, 0xA20E, 0xA20F, 0xA210, 0xA214, 0x1001, 0x1002)
 """Tags in units of the original's pixels: its size, positions in it and its density on the sensor."""
 
 _MAP_TAGS = (33550, 33922, 34264, 34735, 34736, 34737, 42112, 42113)
 """Tags that georeference TIFF pixels (GeoTIFF)."""
+
+_COLOR_SPACE = 0xA001
 
 _COLOR_TAGS = (0xA001, 0xA500, 0x012D, 0x013E, 0x013F)
 """Tags on the colour space of the pixel values, besides the interoperability directory."""
@@ -152,6 +156,8 @@ class _Reading:
             if exif.damaged:
                 names = ", ".join(dict.fromkeys(map(tag_name, exif.damaged)))
                 self.lose(f"damaged EXIF tags are left out: {_shortened(names)}.")
+            if _TRANSFER_FUNCTION in exif.main:
+                self.lose("its curve of brightness (TransferFunction) is left out.")
             if exif.main.keys() & set(_MAP_TAGS):
                 self.lose("its georeferencing (GeoTIFF), which is in pixels, is left out.")
             offsets = [tag for tag, entry in exif.main.items() if entry.kind in (13, 18)]
@@ -311,6 +317,9 @@ def read_other_metadata(image: Image.Image, head: bytes) -> tuple[Metadata, int,
             reading.dpi = (x / 65536, y / 65536)
     if image.format == "BMP":
         reading.icc_profile = _bmp_profile(head)
+        reading.color_chunks = _bmp_color(head)
+        if head[70:74] == b"KNIL" and head[14:18] == struct.pack("<I", 124):
+            reading.lose("its colour profile, which is another file, is left out.")
     elif image.format == "JPEG2000":
         reading.icc_profile = reading.icc_profile or _jp2_profile(head)
     elif image.format == "QOI" and head[13:14] == b"\1":
@@ -603,8 +612,8 @@ def _color_meaning(metadata: Metadata) -> str:
 
 
 def _is_adobe_rgb(exif: Exif) -> bool:
-    index = exif.interoperability.get(1)
-    return index is not None and index.data.startswith(b"R03")
+    index, space = exif.interoperability.get(1), exif.exposure.get(_COLOR_SPACE)
+    return (index is not None and index.data.startswith(b"R03")) or (space is not None and exif.number(space) == 2)
 
 
 def _space_of(profile: bytes) -> str:
@@ -633,6 +642,19 @@ def _bmp_profile(head: bytes) -> bytes | None:
         return None
     offset, size = struct.unpack_from("<II", head, 126)
     return head[14 + offset : 14 + offset + size] or None
+
+
+def _bmp_color(head: bytes) -> dict[bytes, bytes] | None:
+    """The gamma and the primaries of a BMP file of version 4 or 5 that has its own, as PNG chunks."""
+    if len(head) < 122 or int.from_bytes(head[14:18], "little") < 108 or head[70:74] != bytes(4):
+        return None
+    *ends, gamma, _, _ = struct.unpack_from("<12I", head, 74)  # X, Y and Z of red, green and blue; 2**30 is 1
+    places = [ends[at : at + 3] for at in (0, 3, 6)]
+    places.insert(0, [sum(axis) for axis in zip(*places, strict=True)])  # white
+    if not gamma or not all(place[1] for place in places):
+        return None
+    numbers = [round(100_000 * value / sum(place)) for place in places for value in place[:2]]
+    return {b"gAMA": struct.pack(">I", round(100_000 * 65536 / gamma)), b"cHRM": struct.pack(">8I", *numbers)}
 
 
 def _jp2_profile(head: bytes) -> bytes | None:

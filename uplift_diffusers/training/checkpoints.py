@@ -72,7 +72,11 @@ def save_checkpoint(output_dir: Path, state: TrainingState, *, settings: dict, k
             + (f"The last good one is {there[-1].name}; make room and resume from it." if there else "There is none.")
         ) from error
     for path in list_checkpoints(output_dir)[:-keep]:
-        shutil.rmtree(path)
+        # Under a name that is removed later where this is not done: half a checkpoint would look like a damaged one.
+        going = path.with_name(f".{path.name}.partial")
+        shutil.rmtree(going, ignore_errors=True)
+        path.rename(going)
+        shutil.rmtree(going)
     return final
 
 

@@ -17,6 +17,7 @@ from diffusers import ModelMixin
 from diffusers.optimization import SchedulerType
 from torch import nn
 
+from uplift_diffusers.console import Parser
 from uplift_diffusers.data.dataset import Crop, CropFunction
 
 if typing.TYPE_CHECKING:
@@ -192,7 +193,7 @@ def parse_config(
     """
     if settings is None:
         settings, arguments = take_config_file(arguments)
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = Parser(description=description, allow_abbrev=False)
     parser.add_argument("--config", default=argparse.SUPPRESS, help="YAML file of these settings. Flags override it.")
     hints = typing.get_type_hints(config_class)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
@@ -243,7 +244,7 @@ def parse_choices(
         The choices made, and the other settings of the file and the other flags, for `parse_config`.
     """
     settings, arguments = take_config_file(arguments)
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False, allow_abbrev=False)
     for name, values in choices.items():
         parser.add_argument(f"--{name}", choices=values, default=values[0])
     from_file = [f"--{name}={settings.pop(name)}" for name in choices if name in settings]
@@ -259,7 +260,7 @@ def take_config_file(arguments: list[str] | None = None) -> tuple[dict[str, typi
         OSError: the file cannot be read.
         ValueError: it is not a mapping in YAML.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     known, rest = parser.parse_known_args(arguments)
     if known.config is None:

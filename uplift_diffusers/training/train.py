@@ -13,7 +13,6 @@ loop between them.
 import dataclasses
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
@@ -40,6 +39,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from tqdm.auto import tqdm
 
+from uplift_diffusers.console import in_one_line, tell
 from uplift_diffusers.data.dataset import Photographs, StreamedPhotographs, batches, first_crops
 from uplift_diffusers.data.sources import load_dataset, open_source
 from uplift_diffusers.runtime import PATIENCE, device_name, preferred_dtype, process_share
@@ -88,14 +88,13 @@ def run_command(command: Callable[[], None]) -> int:
         with _log_on_stderr():
             command()
     except torch.OutOfMemoryError as error:
-        print(
+        tell(
             f"{str(error).splitlines()[0]} Try --gradient_checkpointing, a smaller --train_batch_size (with "
-            "--gradient_accumulation_steps), --resolution, or --mixed_precision bf16.",
-            file=sys.stderr,
+            "--gradient_accumulation_steps), --resolution, or --mixed_precision bf16."
         )
         return 1
     except _EXPECTED as error:
-        print(error, file=sys.stderr)
+        tell(in_one_line(error))
         return 1
     return 0
 

@@ -5,6 +5,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from uplift_diffusers.console import Parser, in_one_line, tell
+
 _EPILOG = """\
 Upsamplers (--upsamplers NAME or NAME=PATH):
   nearest, bilinear                         need no weights
@@ -49,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         # Not above: --help has to answer at once, and without what the extra installs.
         from uplift_diffusers.evaluation.predictive.tasks import Request, run
     except ImportError as error:
-        print(f'Evaluation needs {error.name}: pip install "uplift-diffusers[eval]"', file=sys.stderr)
+        tell(f'Evaluation needs {error.name}: pip install "uplift-diffusers[eval]"')
         return 1
     try:
         for name in _WITHOUT_EFFECT[options["task"]]:
@@ -57,13 +59,13 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ValueError(f"`{name}` must not be given with --task {options['task']}, where it has no effect.")
         run(Request(**options, command=shlex.join(["eval_predictive.py", *arguments])))
     except (OSError, ValueError, TypeError, ImportError) as error:
-        print(error, file=sys.stderr)
+        tell(in_one_line(error))
         return 1
     return 0
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Evaluate upsamplers of a vision transformer's features.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

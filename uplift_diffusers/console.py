@@ -6,7 +6,7 @@ import re
 import sys
 from contextlib import suppress
 
-from uplift_diffusers.wording import printable, reason
+from uplift_diffusers.wording import MAX_REASON, printable, reason
 
 
 class CommandError(Exception):
@@ -18,6 +18,11 @@ def tell(line: str) -> None:
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
             print(printable(line), file=sys.stderr, flush=True)
+
+
+def in_one_line(error: BaseException) -> str:
+    """All that `error` says, its file names too."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def as_flags(error: BaseException) -> str:
@@ -42,8 +47,18 @@ def say(text: str) -> bool:
 class Parser(argparse.ArgumentParser):
     """Reports errors in one line, without the usage, and does not ignore write errors on stdout."""
 
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        for argument in args:
+            # argparse would take the first for no value at all, and the system takes no name with the second.
+            if argument.startswith("--") and argument.endswith("=--"):
+                self.error(f"argument {argument.removesuffix('=--')}: expected a value, got '--'")
+            if "\0" in argument:
+                self.error(f"an argument must not hold a null character, got {argument!r:.80}")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> None:
-        tell(f"{self.prog}: error: {message}")
+        tell(f"{self.prog}: error: {message if len(message) <= MAX_REASON else message[:MAX_REASON] + '...'}")
         self.exit(2)
 
     def _print_message(self, message: str, file=None) -> None:
