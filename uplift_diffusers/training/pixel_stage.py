@@ -16,7 +16,7 @@ from uplift_diffusers.data.degradation import degrade, through_jpeg
 from uplift_diffusers.data.pyramid import image_pyramid
 from uplift_diffusers.images.compression import denoise_for_quality
 from uplift_diffusers.models.blocks import ConvGroup
-from uplift_diffusers.models.upsampler import network_input
+from uplift_diffusers.models.upsampler import UPLiFTModel, network_input
 from uplift_diffusers.training.losses import psnr_from_mse
 from uplift_diffusers.training.monitoring import VALIDATION_BATCH, Validation, picture_of, validation_crops
 
@@ -181,13 +181,32 @@ class PixelValidation:
 
 def load_stem(folder: str | Path) -> PixelStageModel:
     """
-    The result of the pixel stage, whose `stem` the encoder of an upsampler starts from.
+    What has the stem that the encoder of a new upsampler starts from.
 
+    Args:
+        folder: a result of the pixel stage; or an upsampler with a stem, for other latents too, for a stem sees only
+            pixels.
     Raises:
         OSError: there is no model in the folder.
-        ValueError: it is a model of another class.
+        ValueError: it is a model of another class, or an upsampler without a stem.
     """
     name = PixelStageModel.load_config(folder).get("_class_name")
-    if name != PixelStageModel.__name__:
-        raise ValueError(f"`initial_stem` must be a folder that --stage pixels made, got {folder} with a {name}.")
-    return PixelStageModel.from_pretrained(folder)
+    if name == PixelStageModel.__name__:
+        return PixelStageModel.from_pretrained(folder)
+    upsampler = UPLiFTModel.from_pretrained(folder) if name == UPLiFTModel.__name__ else None
+    if upsampler is None or upsampler.stem is None:
+        raise ValueError(
+            f"`initial_stem` must be a folder that --stage pixels made, or an upsampler with a stem, got {folder} "
+            f"with a {name}."
+        )
+    config = upsampler.config
+    stage = PixelStageModel(
+        stem_channels=config.encoder_stem_channels,
+        stem_layers=config.encoder_stem_layers,
+        convs_per_block=config.encoder_convs_per_block,
+        norm_type=config.norm_type,
+        image_normalization=config.image_normalization,
+        denoise_channel=config.denoise_channel,
+    )
+    stage.stem.load_state_dict(upsampler.stem.state_dict())
+    return stage

@@ -110,7 +110,7 @@ class UpsamplerTrainingConfig(LatentTrainingConfig):
     depths: tuple[int, ...] = option((1, 2, 3, 4), "Depths d: from 1/2^d of the resolution in d steps of 2x.")
     latent_noise: float = option(1.0, "Deviation of the noise added to the starting latents, in raw units.")
     pixel_weight: float = option(0.0, "Weight of the L1 loss between a decoded, consistent last step and the image.")
-    initial_stem: str | None = option(None, "Result of --stage pixels, whose stem the encoder starts from.")
+    initial_stem: str | None = option(None, "Result of --stage pixels, or an upsampler, whose stem is the first one.")
     degraded_probability: float = option(0.0, "Share of the starting images with JPEG damage, noise or blur.")
 
     def __post_init__(self):
@@ -160,12 +160,11 @@ class UpsamplerTrainingConfig(LatentTrainingConfig):
         def fit(crops: torch.Tensor) -> None:
             levels = len(model.estimator.convs)
             pyramids = [image_pyramid(images, levels) for images in crops.split(8)]
+            targets = [LatentCodec(vae, space).encode(pyramid[0]) for pyramid in pyramids]
             for depth in range(1, levels + 1):
-                pairs = []
-                for pyramid in pyramids:
-                    pixels = model.encode(pyramid[depth], step=0, num_steps=depth).pixels
-                    pairs.append((pixels, LatentCodec(vae, space).encode(pyramid[0])))
-                model.estimator.fit(pairs)
+                images = [pyramid[depth] for pyramid in pyramids]
+                pixels = [model.encode(image, step=0, num_steps=depth).pixels for image in images]
+                model.estimator.fit(list(zip(pixels, targets, strict=True)))
 
         validate = None
         if self.validation_data_dir is not None:
