@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 
 from uplift_diffusers.arguments import read_number
-from uplift_diffusers.images.convert import ImageInput, read_batch
+from uplift_diffusers.images.convert import ImageInput, read_batch, resize
 from uplift_diffusers.latent_space import PACKING, Autoencoder, LatentCodec, LatentSpace
 from uplift_diffusers.models.upsampler import UPLiFTModel
 from uplift_diffusers.pipelines.upscale_stage import (
@@ -103,8 +103,8 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
                 upscaled latents towards those of the given ones, against a shift of colour or contrast. See
                 [`~uplift_diffusers.models.local_attention.match_channel_statistics`].
             consistency (`float`): from 0 to 1: how much of what the guide image has and the result, reduced, lacks is
-                added to the result; see [`~uplift_diffusers.pipelines.upscale_stage.make_consistent`]. Latents stay as
-                they are.
+                added to the result; see [`~uplift_diffusers.pipelines.upscale_stage.make_consistent`]. Latents at a
+                power of two stay as they are.
             tile_size (`int`, *optional*): edge in pixels of the tiles of the image that is upsampled, which bounds
                 the memory and does not change the result; `"auto"`, 768, or None, no tiles. The VAE has its own
                 `vae.enable_tiling()`, which is exact only for an [`AutoencoderLocal`].
@@ -158,23 +158,25 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
                 progress=progress,
             )  # (B, C, 2**n * h, 2**n * w)
 
-            # 4. Decode
+            # 4. Decode; latents only at scales between powers of two, where their image is reduced and encoded again
+            decoding = {
+                "codec": codec,
+                "size": size,
+                "num_steps": num_steps,
+                "image": guide,
+                "consistency": consistency,
+                "progress": progress,
+            }
             if output_type == "latent":
                 patch = PACKING if ndim == 3 else 1
                 rows, columns = scaled_size((latent_size[0] // patch, latent_size[1] // patch), scale)
-                raw_latents = codec.resize(raw_latents, (rows * patch, columns * patch))
+                wanted = (rows * patch, columns * patch)
+                if wanted != tuple(raw_latents.shape[2:]):
+                    large = decode_to_scale(raw_latents, scale=2**num_steps, **decoding)
+                    raw_latents = codec.encode(resize(large, tuple(space.spatial_factor * n for n in wanted)))
                 images = space.write(raw_latents, ndim=ndim).to(self.vae.dtype if latents is None else latents.dtype)
             else:
-                images = decode_to_scale(
-                    raw_latents,
-                    codec=codec,
-                    size=size,
-                    num_steps=num_steps,
-                    scale=scale,
-                    image=guide,
-                    consistency=consistency,
-                    progress=progress,
-                )
+                images = decode_to_scale(raw_latents, scale=scale, **decoding)
                 images = self.image_processor.postprocess(images, output_type=output_type)
         finally:
             self.maybe_free_model_hooks()
