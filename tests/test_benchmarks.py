@@ -6,16 +6,29 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from benchmarks import fuzz, fuzz_commands, fuzz_models, inference, kills, upsampler_trials, vae_tiling
+from benchmarks import (
+    fuzz,
+    fuzz_commands,
+    fuzz_models,
+    inference,
+    kills,
+    latents_between,
+    taef2,
+    upsampler_trials,
+    vae_tiling,
+)
 from benchmarks.measure import fit_exponent, interleave
 from benchmarks.reference import OFFSETS, PlainUPLiFT
 from tests.components import make_local_vae, make_vae, seeded, smooth_images
 from tests.reference_weights import REFERENCE, reference_state_dict
 from tests.training_runs import make_photographs
 from uplift_diffusers import UPLiFTModel, UPLiFTSuperResolutionPipeline
+from uplift_diffusers.latent_space import LatentCodec
+from uplift_diffusers.loading import load_vae
 from uplift_diffusers.models.blocks import add_shared_channels
 from uplift_diffusers.models.conversion import convert_state_dict
 from uplift_diffusers.models.local_attention import neighborhood_offsets
@@ -278,3 +291,97 @@ def test_two_kills_of_a_folder_job_and_one_of_a_training_leave_no_trace(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" (")[0] for line in lines] == ["2 kills", "1 kills"]
     assert all("0 half, 0 wrong, 0 left, 0 exit code" in line for line in lines)
+
+
+def test_latents_between_powers_of_two_are_compared(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    pipe = UPLiFTSuperResolutionPipeline(make_local_vae(), make_embedded_upsampler())
+    pipe.save_pretrained(tmp_path / "pipe")
+    photo = tmp_path / "photo.png"
+    Image.fromarray((smooth_images(1, 60, 80)[0].permute(1, 2, 0).numpy() * 255).astype("uint8")).save(photo)
+    capsys.readouterr()
+    latents_between.main([str(photo), "--model", str(tmp_path / "pipe")])
+    rows = dict(line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line[:1] == "|")
+    assert rows["at 1.5x"] == "photo"
+    psnr = {name: float(value) for name, value in rows.items() if name[:1] in "ilt"}
+    assert len(psnr) == 6
+    assert psnr["image, consistency 1"] > psnr["image"]
+
+
+@pytest.fixture(scope="module")
+def taef2_vae():
+    torch.manual_seed(0)
+    return taef2.AutoencoderTAEF2().eval()
+
+
+@torch.no_grad()
+def test_taef2_is_made_of_its_published_files(taef2_vae, tmp_path):
+    weights = {part: getattr(taef2_vae, part).layers.state_dict() for part in ("encoder", "decoder")}
+    published = {}
+    for name, tensor in weights["decoder"].items():
+        index, _, rest = name.partition(".")
+        published[f"{int(index) + 1}.{rest}"] = tensor  # after the soft clamp
+    save_file(weights["encoder"], tmp_path / "encoder.safetensors")
+    save_file(published, tmp_path / "decoder.safetensors")
+    files = ["--encoder", str(tmp_path / "encoder.safetensors"), "--decoder", str(tmp_path / "decoder.safetensors")]
+    assert taef2.main(["convert", *files, "--output_dir", str(tmp_path / "vae")]) == 0
+    codec = LatentCodec(load_vae(tmp_path / "vae"), "flux2-vae")
+    image = smooth_images(1, 64, 64)
+    latents = codec.encode(image)
+    torch.testing.assert_close(latents, taef2_vae.encode(image * 2 - 1).latents)
+    torch.testing.assert_close(codec.decode(latents), (taef2_vae.decode(latents).sample / 2 + 0.5).clamp(0, 1))
+    assert (codec.space.name, codec.space.shape) == ("flux2-vae", (32, 8))
+
+
+@torch.no_grad()
+def test_every_latent_of_taef2_sees_the_whole_picture(taef2_vae):
+    image = smooth_images(1, 256, 256)
+    changed = image.clone()
+    changed[..., -1, -1] = 1 - changed[..., -1, -1]
+    difference = taef2_vae.encode(image).latents - taef2_vae.encode(changed).latents
+    assert difference[..., 0, 0].abs().max() > 0
+
+
+@torch.no_grad()
+def test_a_frozen_attender_is_nearest_neighbour():
+    model = make_embedded_upsampler(attender_residual=False)
+    taef2.freeze_attender(model)
+    guide, values = torch.randn(1, 28, 8, 12, generator=seeded()), torch.randn(1, 12, 4, 6, generator=seeded())
+    torch.testing.assert_close(model.attender(guide, values), F.interpolate(values, scale_factor=2), rtol=0, atol=1e-6)
+    assert not any(parameter.requires_grad for parameter in model.attender.parameters())
+
+
+@pytest.mark.slow
+def test_upsamplers_of_taef2_are_trained_and_measured(taef2_vae, tmp_path, capsys):
+    photographs = make_photographs(tmp_path / "photographs")
+    taef2_vae.save_pretrained(tmp_path / "vae")
+    model = make_embedded_upsampler(
+        latent_channels=32, latent_space="flux2-vae", denoise_channel=True, image_normalization="imagenet"
+    )
+    model.save_pretrained(tmp_path / "other")
+    settings = ["--recipe", "embedded", "--vae", str(tmp_path / "vae"), "--train_data_dir", str(photographs)]
+    settings += ["--resolution", "32", "--train_batch_size", "1", "--max_train_steps", "1", "--depths", "1"]
+    stem = ["--latent_space", "flux2-vae", "--initial_stem", str(tmp_path / "other")]
+    for name, flags in (("uplift", stem), ("nearest", ["--nearest", *stem]), ("cfm", ["--method", "cfm"])):
+        assert taef2.main(["train", *flags, *settings, "--output_dir", str(tmp_path / name)]) == 0
+    frozen = UPLiFTModel.from_pretrained(tmp_path / "nearest").attender.conv
+    assert frozen.weight.abs().max() == 0
+    assert frozen.bias.max() == taef2.CENTRE_LOGIT
+
+    capsys.readouterr()
+    methods = [f"{name}={tmp_path / name}" for name in ("uplift", "nearest", "cfm")]
+    taef2.main(
+        [
+            *("evaluate", "--vae", str(tmp_path / "vae"), "--data_dir", str(photographs), "--crop", "64"),
+            *("--limit", "2", "--cfm_steps", "1", "--output_dir", str(tmp_path / "report"), "--methods", *methods),
+        ]
+    )
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    errors = json.loads((tmp_path / "report" / "latents.json").read_text())
+    names = {"bilinear", "reencoded", "uplift", "nearest", "cfm"}
+    assert errors["4x"].keys() == names
+    assert len(errors["2x"]["uplift"]) == 2
+    scores = report["results"]["2"]["scores"]
+    assert scores.keys() == names | {f"{name}_consistent" for name in names} | {"bicubic", "vae"}
+    for name in names:
+        assert scores[f"{name}_consistent"]["psnr"]["value"] > scores[name]["psnr"]["value"]

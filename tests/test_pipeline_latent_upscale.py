@@ -86,6 +86,16 @@ def test_latents_between_powers_of_two_are_those_of_the_reduced_image(pipe, scal
     torch.testing.assert_close(call(pipe, "latent", latents=latents, scale=scale), expected, rtol=0, atol=1e-5)
 
 
+def test_the_image_that_latents_between_powers_of_two_are_encoded_from_is_made_consistent(pipe):
+    image = smooth_images(1, 32, 48)
+    large = call(pipe, image=image, consistency=0.5)
+    with torch.no_grad():
+        expected = 0.18215 * pipe.vae.encode(resize(large, (48, 72)) * 2 - 1).latent_dist.mode()
+    settings = {"image": image, "scale": 1.5}
+    torch.testing.assert_close(call(pipe, "latent", consistency=0.5, **settings), expected, rtol=0, atol=1e-5)
+    assert (call(pipe, "latent", **settings) - expected).abs().max() > 1e-3
+
+
 def test_scale_1_decodes_alone(pipe, monkeypatch):
     latents = random_latents(pipe)
     calls = count_calls(pipe.upsampler, monkeypatch)

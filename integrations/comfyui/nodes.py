@@ -1,8 +1,9 @@
 """
 The nodes.
 
-LATENT samples are raw latents: ComfyUI scales them inside its samplers, so nothing is scaled here. IMAGE is
-(B, H, W, C) float32 in [0, 1], C 3 or 4. Inside these functions images are (B, C, H, W).
+LATENT samples are raw latents: ComfyUI scales them inside its samplers, so nothing is scaled here. Those of FLUX.2 are
+the exception: its VAE packs and normalizes them itself, see `packed_space`. IMAGE is (B, H, W, C) float32 in [0, 1],
+C 3 or 4. Inside these functions images are (B, C, H, W).
 """
 
 import comfy.utils
@@ -12,7 +13,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from uplift_diffusers.arguments import read_number
 from uplift_diffusers.images.convert import fill_transparent, missing_detail, pad_to_multiple, resize
-from uplift_diffusers.latent_space import KNOWN_SPACES
+from uplift_diffusers.latent_space import KNOWN_SPACES, PACKING, Flux2LatentSpace
 from uplift_diffusers.pipelines.upscale_stage import Progress, read_tile_size, upscale_raw_latents
 from uplift_diffusers.scale import MAX_SCALE, num_steps_for_scale, read_scale, scaled_size
 from uplift_diffusers.tiling import split_into_tiles
@@ -28,6 +29,7 @@ SPACES_OF_FORMATS = {
     "SDXL_Playground_2_5": "sdxl-vae",
     "SD3": "sd3-vae",
     "Flux": "flux-vae",
+    "Flux2": "flux2-vae",
     "Wan21": "wan21-vae",
 }
 """Latent spaces by the class of ComfyUI's `latent_format`. Z-Image has that of FLUX.1, Qwen-Image that of Wan 2.1."""
@@ -168,7 +170,7 @@ class UpscaleImage(io.ComfyNode):
         made, wanted = (scaled_size(tuple(image.shape[2:]), factor) for factor in (2**num_steps, scale))
 
         # 2. Encode
-        guide = pad_to_multiple(color, upsampler.model.config.spatial_factor)
+        guide = pad_to_multiple(color, vae.spacial_compression_decode())
         raw_latents = encode(vae, guide)  # (B, c, h, w)
 
         # 3. Upsample
@@ -224,13 +226,13 @@ class UpscaleLatent(io.ComfyNode):
         upsampler = check_upsampler(upscale_model)
         num_steps, scale = num_steps_for_scale(scale), read_scale(scale)
         read_tile_size(tile_size)
-        raw_latents = read_samples(samples["samples"], upsampler)  # (B, c, h, w)
         check_space(upsampler, vae, latent_space, model)
+        raw_latents = read_samples(samples["samples"], upsampler, vae)  # (B, c, h, w)
         guide = None if image is None else read_guide(image, raw_latents, upsampler)
         if num_steps == 0:
             return io.NodeOutput(samples.copy())
-        factor, size = upsampler.model.config.spatial_factor, tuple(raw_latents.shape[2:])
-        wanted = scaled_size(size, scale)
+        factor = vae.spacial_compression_decode()
+        wanted = scaled_size(tuple(samples["samples"].shape[-2:]), scale)
         is_exact = scale == 2**num_steps
 
         # 2. Complete the pair of latents and guide image
@@ -250,7 +252,7 @@ class UpscaleLatent(io.ComfyNode):
                 reduced.append(encode(vae, resize(large, (wanted[0] * factor, wanted[1] * factor))))
                 progress.advance()
             raw_latents = torch.cat(reduced)
-        return io.NodeOutput(replace_samples(samples, raw_latents))
+        return io.NodeOutput(replace_samples(samples, raw_latents, vae))
 
 
 def upsample(
@@ -289,36 +291,67 @@ def start_progress(
     return Progress(bar.update_absolute, bar.total)
 
 
+def packed_space(vae) -> Flux2LatentSpace | None:
+    """
+    The latent space of a VAE that packs and normalizes its latents itself; None for all others.
+
+    ComfyUI's VAE of FLUX.2 does: its latents are (B, 4C, h/2, w/2), a position for every 2x2 patch, normalized by the
+    statistics of a batch norm that it holds.
+    """
+    norm = getattr(vae.first_stage_model, "bn", None)
+    if norm is None:
+        return None
+    deviation = (norm.running_var.float() + norm.eps).sqrt()
+    return Flux2LatentSpace(
+        "flux2-vae",
+        channels=vae.latent_channels // PACKING**2,
+        spatial_factor=vae.spacial_compression_decode() // PACKING,
+        scaling_factor=1.0,
+        patch_mean=tuple(norm.running_mean.tolist()),
+        patch_std=tuple(deviation.tolist()),
+    )
+
+
+def unpack(latents: torch.Tensor, vae) -> torch.Tensor:
+    """A VAE's own latents -> raw latents (B, c, h, w)."""
+    latents = latents.squeeze(2) if latents.ndim == 5 else latents
+    space = packed_space(vae)
+    return latents if space is None else space.denormalize(F.pixel_shuffle(latents, PACKING))
+
+
+def pack(raw_latents: torch.Tensor, vae) -> torch.Tensor:
+    """Raw latents (B, c, h, w) -> the VAE's own, without a time axis."""
+    space = packed_space(vae)
+    return raw_latents if space is None else F.pixel_unshuffle(space.normalize(raw_latents), PACKING)
+
+
 def encode(vae, image: torch.Tensor) -> torch.Tensor:
     """(B, C, H, W) -> raw latents (B, c, h, w)."""
     # One by one: video VAEs take a batch for the frames of a video, and give (B, c, 1, h, w) for single images.
-    latents = torch.cat([vae.encode(pixels.movedim(1, -1)) for pixels in image.split(1)])
-    return latents.squeeze(2) if latents.ndim == 5 else latents
+    return unpack(torch.cat([vae.encode(pixels.movedim(1, -1)) for pixels in image.split(1)]), vae)
 
 
 def decode(vae, raw_latents: torch.Tensor) -> torch.Tensor:
     """Raw latents (B, c, h, w) -> (B, C, H, W); some VAEs give four channels."""
-    latents = raw_latents.unsqueeze(2) if vae.latent_dim == 3 else raw_latents
-    pixels = vae.decode(latents)
+    latents = pack(raw_latents, vae)
+    pixels = vae.decode(latents.unsqueeze(2) if vae.latent_dim == 3 else latents)
     return pixels.reshape(-1, *pixels.shape[-3:]).movedim(-1, 1)
 
 
-def read_samples(samples: torch.Tensor, upsampler: Upsampler) -> torch.Tensor:
-    """The samples of a LATENT as (B, c, h, w). Raises ValueError for a video or latents of other models."""
+def read_samples(samples: torch.Tensor, upsampler: Upsampler, vae) -> torch.Tensor:
+    """The samples of a LATENT as raw latents (B, c, h, w). Raises ValueError for a video's or another model's."""
     config = upsampler.model.config
-    latents = samples
-    if samples.ndim == 5:
-        if samples.shape[2] != 1:
-            raise ValueError(f"`samples` must be latents of images, got a video's, {tuple(samples.shape)}.")
-        latents = samples.squeeze(2)
-    if latents.ndim != 4 or latents.shape[1] != config.latent_channels:
+    channels = config.latent_channels * (1 if packed_space(vae) is None else PACKING**2)
+    if samples.ndim == 5 and samples.shape[2] != 1:
+        raise ValueError(f"`samples` must be latents of images, got a video's, {tuple(samples.shape)}.")
+    if samples.ndim not in (4, 5) or samples.shape[1] != channels:
         raise ValueError(
-            f"`samples` must have {config.latent_channels} channels, as the latents that the upsampler was trained "
-            f"for ({config.latent_space!r}), got {tuple(samples.shape)}. Load an upsampler for your model's latents."
+            f"`samples` must have {channels} channels, as the latents that the upsampler was trained for "
+            f"({config.latent_space!r}), got {tuple(samples.shape)}. Load an upsampler for your model's latents."
         )
-    if not torch.isfinite(latents).all():
+    if not torch.isfinite(samples).all():
         raise ValueError("`samples` must be finite, got NaN or infinity. The model before may have overflowed.")
-    return latents
+    return unpack(samples, vae)
 
 
 def read_guide(image: torch.Tensor, raw_latents: torch.Tensor, upsampler: Upsampler) -> torch.Tensor:
@@ -333,17 +366,17 @@ def read_guide(image: torch.Tensor, raw_latents: torch.Tensor, upsampler: Upsamp
     return image[..., :3].movedim(-1, 1)
 
 
-def replace_samples(latent: dict, raw_latents: torch.Tensor) -> dict:
+def replace_samples(latent: dict, raw_latents: torch.Tensor, vae) -> dict:
     """A copy of `latent` with larger samples, with a time axis if it had one, and its noise mask resized alike."""
-    samples = latent["samples"]
+    samples, large = latent["samples"], pack(raw_latents, vae)
     result = latent.copy()  # other nodes may hold the same one
-    result["samples"] = raw_latents.unsqueeze(2) if samples.ndim == 5 else raw_latents
+    result["samples"] = large.unsqueeze(2) if samples.ndim == 5 else large
     mask = latent.get("noise_mask")
     if mask is not None:
-        ratios = [after / before for after, before in zip(raw_latents.shape[2:], samples.shape[-2:])]
+        ratios = [after / before for after, before in zip(large.shape[2:], samples.shape[-2:])]
         size = tuple(round(length * ratio) for length, ratio in zip(mask.shape[-2:], ratios))
-        large = F.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]), size=size, mode="bilinear")
-        result["noise_mask"] = large.reshape(*mask.shape[:-2], *size)
+        grown = F.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]), size=size, mode="bilinear")
+        result["noise_mask"] = grown.reshape(*mask.shape[:-2], *size)
     return result
 
 
@@ -367,7 +400,8 @@ def check_space(upsampler: Upsampler, vae, choice: str, model) -> None:
     """
     check_choice("latent_space", choice, [AUTOMATIC, *KNOWN_SPACES])
     config = upsampler.model.config
-    shape = (vae.latent_channels, vae.spacial_compression_decode())
+    packed = packed_space(vae)
+    shape = (vae.latent_channels, vae.spacial_compression_decode()) if packed is None else packed.shape
     wanted = (config.latent_channels, config.spatial_factor)
     if shape != wanted:
         raise ValueError(
@@ -377,6 +411,8 @@ def check_space(upsampler: Upsampler, vae, choice: str, model) -> None:
     names = {}
     if isinstance(vae, PipelineVAE):
         names["vae"] = vae.codec.space.name
+    elif packed is not None:
+        names["vae"] = packed.name
     if choice != AUTOMATIC:
         names["latent_space"] = choice
     if model is not None:

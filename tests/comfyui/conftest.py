@@ -31,7 +31,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (base / "custom_nodes" / "uplift").symlink_to(ROOT / "integrations" / "comfyui")
     shutil.copy(Path(__file__).with_name("stand_ins.py"), base / "custom_nodes")
     torch.manual_seed(0)
-    for name, channels in (("sd15-vae", 4), ("wan21-vae", 16)):
+    for name, channels in (("flux2-vae", 32), ("sd15-vae", 4), ("wan21-vae", 16)):
         model = UPLiFTModel(latent_channels=channels, latent_space=name, **TINY)
         model.save_pretrained(base / "models" / "latent_upscale_models" / f"tiny {name}")
     with Image.open(ROOT / "examples" / "coffee.jpg") as photo:

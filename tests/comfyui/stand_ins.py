@@ -5,6 +5,7 @@ They are ComfyUI's own classes. Real checkpoints are too large for a test.
 """
 
 import comfy.latent_formats
+import comfy.ldm.models.autoencoder
 import comfy.ldm.wan.vae
 import comfy.model_base
 import comfy.sd
@@ -34,6 +35,21 @@ UNET = {
     "dtype": torch.float32,
 }
 
+FLUX2_VAE = {
+    "double_z": True,
+    "z_channels": 32,
+    "resolution": 256,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 128,
+    "ch_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+    "batch_norm_latent": True,
+}
+"""As ComfyUI builds it whatever a checkpoint says: 84 M parameters."""
+
 
 def stable_diffusion():
     model = comfy.model_base.BaseModel(comfy.supported_models.SD15(UNET), device=CPU)
@@ -54,13 +70,23 @@ def wan():
     return model, vae
 
 
+def flux2():
+    model = torch.nn.Module()
+    model.latent_format = comfy.latent_formats.Flux2()
+    vae = comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig=FLUX2_VAE, embed_dim=FLUX2_VAE["z_channels"])
+    fill(vae)
+    vae.bn.running_mean.copy_(torch.linspace(-1, 1, 128))
+    vae.bn.running_var.copy_(torch.linspace(0.5, 2, 128))
+    return model, vae
+
+
 def fill(module):
     """Random weights: ComfyUI's layers have none until a checkpoint is loaded."""
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
 
 
-KINDS = {"stable diffusion": stable_diffusion, "wan": wan}
+KINDS = {"stable diffusion": stable_diffusion, "flux2": flux2, "wan": wan}
 
 
 class StandInCheckpoint(io.ComfyNode):

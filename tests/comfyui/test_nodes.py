@@ -5,19 +5,20 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
 from tests.comfyui.server import ROOT
 from tests.comfyui.workflows import to_prompt
-from uplift_diffusers import UPLiFTSuperResolutionPipeline, embedded_bundle
+from uplift_diffusers import UPLiFTModel, UPLiFTSuperResolutionPipeline, embedded_bundle
 from uplift_diffusers.images.convert import read_batch, resize
 from uplift_diffusers.latent_space import LatentCodec
 
 pytestmark = pytest.mark.slow
 
 SETTINGS = {"scale": 2.0, "seed": 0, "tile_size": 768, "latent_space": "automatic"}
-SD15, WAN21 = "tiny sd15-vae", "tiny wan21-vae"
+FLUX2, SD15, WAN21 = "tiny flux2-vae", "tiny sd15-vae", "tiny wan21-vae"
 
 
 def node(kind, /, **inputs):
@@ -202,6 +203,41 @@ def test_latents_of_image_models_with_a_time_axis_keep_it(comfyui):
     assert saved["save image"][0].size == (192, 128)
 
 
+def test_packed_latents_of_flux_2_are_unpacked_and_packed_again(comfyui, base):
+    prompt = {
+        "upsampler": upsampler(FLUX2),
+        "checkpoint": node("StandInCheckpoint", ckpt_name="flux2"),
+        "photo": load("first.png"),
+        "latent": node("VAEEncode", pixels=["photo", 0], vae=["checkpoint", 2]),
+        "decoded": node("VAEDecode", samples=["latent", 0], vae=["checkpoint", 2]),
+        "guided": upscale_latent("latent", vae=("checkpoint", 2), image=["decoded", 0], model=["checkpoint", 0]),
+        "told by the VAE": upscale_latent("latent", vae=("checkpoint", 2)),
+        "larger": upscale_latent("latent", vae=("checkpoint", 2), scale=1.5),
+        "large photo": upscale_image("photo", vae=["checkpoint", 2]),
+        "save image": save("large photo"),
+        "save decoded": save("decoded"),
+    }
+    for name in ("latent", "guided", "told by the VAE", "larger"):
+        prompt[f"save {name}"] = save_latent(name)
+    saved = comfyui.run(prompt)
+    (latent,), (guided,), (decoded,) = saved["save latent"], saved["save guided"], saved["save decoded"]
+    assert latent.shape == (1, 128, 4, 6)
+    assert guided.shape == (1, 128, 8, 12)
+    assert saved["save larger"][0].shape == (1, 128, 6, 9)
+    assert saved["save image"][0].size == (192, 128)
+    torch.testing.assert_close(saved["save told by the VAE"][0], guided, rtol=0, atol=1e-4)
+
+    # The statistics of the stand-in, by which its patches are normalized.
+    mean = torch.linspace(-1, 1, 128)[:, None, None]
+    std = (torch.linspace(0.5, 2, 128) + 1e-4).sqrt()[:, None, None]
+    upsampler_there = UPLiFTModel.from_pretrained(base / "models" / "latent_upscale_models" / FLUX2)
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        raw_latents = F.pixel_shuffle(latent * std + mean, 2)
+        large = upsampler_there(raw_latents, image=read_batch(decoded), generator=noise).sample
+    torch.testing.assert_close(guided, (F.pixel_unshuffle(large, 2) - mean) / std, rtol=0, atol=2e-2)  # 8-bit guide
+
+
 def test_latents_with_a_time_axis_of_several_positions_are_refused(comfyui, base):
     video = {"latent_tensor": torch.zeros(1, 40, 2, 8, 12), "latent_format_version_0": torch.zeros(0)}
     save_file(video, base / "input" / "video.latent")
@@ -303,7 +339,7 @@ def test_declared_latent_space_is_taken_where_no_model_is_connected(comfyui):
 def test_unknown_upsampler_is_refused(comfyui):
     prompt = {"upsampler": upsampler("nonsense"), "photo": load("first.png"), "large": upscale_image("photo")}
     error = comfyui.error({**prompt, "save": save("large")})
-    assert "`name` must be one of ['embedded bundle', 'tiny sd15-vae', 'tiny wan21-vae'" in error
+    assert "`name` must be one of ['embedded bundle', 'tiny flux2-vae', 'tiny sd15-vae', 'tiny wan21-vae'" in error
 
 
 def test_progress_counts_steps_of_tiles_and_decoding(comfyui):
@@ -342,7 +378,7 @@ def test_nodes_have_the_inputs_that_are_documented(comfyui):
     nodes = json.loads(comfyui.get("/object_info"))
     kinds = {name: {**nodes[name]["input"]["required"], **nodes[name]["input"].get("optional", {})} for name in nodes}
     names = kinds["LoadUPLiFT"]["name"][1]["options"]
-    assert names == ["embedded bundle", SD15, WAN21, "UPLiFT-upsampler/uplift_sd1.5vae"]
+    assert names == ["embedded bundle", FLUX2, SD15, WAN21, "UPLiFT-upsampler/uplift_sd1.5vae"]
     readme = (ROOT / "integrations" / "comfyui" / "README.md").read_text()
     for kind in ("LoadUPLiFT", "UPLiFTEmbeddedVAE", "UPLiFTUpscaleImage", "UPLiFTUpscaleLatent"):
         assert f"**{nodes[kind]['display_name']}**" in readme

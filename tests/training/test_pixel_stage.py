@@ -178,10 +178,24 @@ def test_the_second_stage_starts_from_the_stem(tmp_path, denoise_channel):
         assert torch.equal(value, expected[name])
 
 
+def test_the_second_stage_starts_from_the_stem_of_an_upsampler_for_other_latents(tmp_path):
+    settings = {"encoder_stem_channels": 12, "encoder_stem_layers": 3, "encoder_convs_per_block": 2}
+    settings |= {"norm_type": "bias", "image_normalization": "imagenet", "denoise_channel": True}
+    other = UPLiFTModel(latent_channels=7, encoder_block_out_channels=(8, 8), **settings)
+    other.save_pretrained(tmp_path)
+    model = make_second_stage(tmp_path, make_vae())
+    assert model.config.latent_channels != 7
+    for name, value in other.stem.state_dict().items():
+        assert torch.equal(value, model.stem.state_dict()[name])
+
+
 def test_a_stem_that_does_not_fit_is_refused(tmp_path):
     make_vae().save_pretrained(tmp_path / "vae")
-    with pytest.raises(ValueError, match=r"must be a folder that --stage pixels made, got .* with a AutoencoderLocal"):
+    with pytest.raises(ValueError, match=r"must be a folder that --stage pixels made, or .* with a AutoencoderLocal"):
         make_second_stage(tmp_path / "vae", make_vae())
+    UPLiFTModel(encoder_block_out_channels=(8, 8)).save_pretrained(tmp_path / "upsampler")
+    with pytest.raises(ValueError, match=r"or an upsampler with a stem, got .* with a UPLiFTModel"):
+        make_second_stage(tmp_path / "upsampler", make_vae())
     make_model(convs_per_block=1, denoise_channel=False).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="`initial_stem` must have convs_per_block=2 for this recipe, got 1"):
         make_second_stage(tmp_path / "other", make_vae())

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 
 from uplift_diffusers.arguments import read_number
-from uplift_diffusers.images.convert import ImageInput, read_batch
+from uplift_diffusers.images.convert import ImageInput, read_batch, resize
 from uplift_diffusers.latent_space import PACKING, Autoencoder, LatentCodec, LatentSpace
 from uplift_diffusers.models.upsampler import UPLiFTModel
 from uplift_diffusers.pipelines.upscale_stage import (
@@ -106,8 +106,8 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
                 upscaled latents towards those of the input latents, to correct a shift of colour or contrast. See
                 [`~uplift_diffusers.pipelines.upscale_stage.match_channel_statistics`].
             consistency (`float`): from 0 to 1: the strength of a correction that makes the downsampled result match
-                the guide image; see [`~uplift_diffusers.pipelines.upscale_stage.make_consistent`]. Latents are not
-                changed.
+                the guide image; see [`~uplift_diffusers.pipelines.upscale_stage.make_consistent`]. Latents at
+                a power of two are not changed.
             tile_size (`int`, *optional*): edge of the tiles in pixels of the image, which bounds memory and does not
                 change the result; `"auto"` is 768, None disables tiling. The VAE has a separate
                 `vae.enable_tiling()`, which is exact only for an [`AutoencoderLocal`].
@@ -162,24 +162,27 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
                 progress=progress,
             )  # (B, C, 2**n * h, 2**n * w)
 
-            # 4. Decode
+            # 4. Decode; latents only at scales between powers of two, where their image is reduced and encoded again
+            decoding = {
+                "codec": codec,
+                "size": size,
+                "num_steps": num_steps,
+                "image": guide,
+                "consistency": consistency,
+                "progress": progress,
+            }
             if output_type == "latent":
                 patch = PACKING if ndim == 3 else 1
                 rows, columns = scaled_size((latent_size[0] // patch, latent_size[1] // patch), scale)
-                raw_latents = codec.resize(raw_latents, (rows * patch, columns * patch))
+                wanted = (rows * patch, columns * patch)
+                if wanted != size_of(raw_latents):
+                    large = decode_to_scale(raw_latents, scale=2**num_steps, **decoding)
+                    size_px = (wanted[0] * space.spatial_factor, wanted[1] * space.spatial_factor)
+                    raw_latents = codec.encode(resize(large, size_px))
                 dtype = self.vae.dtype if latents is None else latents.dtype
                 images: Any = space.write(raw_latents, ndim=ndim).to(dtype)
             else:
-                images = decode_to_scale(
-                    raw_latents,
-                    codec=codec,
-                    size=size,
-                    num_steps=num_steps,
-                    scale=scale,
-                    image=guide,
-                    consistency=consistency,
-                    progress=progress,
-                )
+                images = decode_to_scale(raw_latents, scale=scale, **decoding)
                 images = self.image_processor.postprocess(images, output_type=output_type)
         finally:
             self.maybe_free_model_hooks()

@@ -17,7 +17,7 @@ from uplift_diffusers.data.degradation import degrade, through_jpeg
 from uplift_diffusers.data.pyramid import image_pyramid
 from uplift_diffusers.images.compression import denoise_for_quality
 from uplift_diffusers.models.blocks import ConvGroup, start_at_zero
-from uplift_diffusers.models.upsampler import network_input
+from uplift_diffusers.models.upsampler import UPLiFTModel, network_input
 from uplift_diffusers.training.losses import psnr_from_mse
 from uplift_diffusers.training.monitoring import VALIDATION_BATCH, Validation, picture_of, validation_crops
 
@@ -183,14 +183,33 @@ class PixelValidation:
 
 def load_stem(folder: str | Path) -> PixelStageModel:
     """
-    The result of the pixel stage. Its `stem` initialises the encoder of an upsampler.
+    The result of the pixel stage, or of an upsampler. Its `stem` initialises the encoder of a new upsampler.
 
+    Args:
+        folder: a result of the pixel stage; or an upsampler with a stem, for other latents too, for a stem sees only
+            pixels.
     Raises:
         OSError: there is no model in the folder.
-        ValueError: the model is of another class.
+        ValueError: the model is of another class, or an upsampler without a stem.
     """
     config: Any = PixelStageModel.load_config(folder)
     name = config.get("_class_name")
-    if name != PixelStageModel.__name__:
-        raise ValueError(f"`initial_stem` must be a folder that --stage pixels made, got {folder} with a {name}.")
-    return PixelStageModel.from_pretrained(folder)
+    if name == PixelStageModel.__name__:
+        return PixelStageModel.from_pretrained(folder)
+    upsampler = UPLiFTModel.from_pretrained(folder) if name == UPLiFTModel.__name__ else None
+    if upsampler is None or upsampler.stem is None:
+        raise ValueError(
+            f"`initial_stem` must be a folder that --stage pixels made, or an upsampler with a stem, got {folder} "
+            f"with a {name}."
+        )
+    config = upsampler.config
+    stage = PixelStageModel(
+        stem_channels=config.encoder_stem_channels,
+        stem_layers=config.encoder_stem_layers,
+        convs_per_block=config.encoder_convs_per_block,
+        norm_type=config.norm_type,
+        image_normalization=config.image_normalization,
+        denoise_channel=config.denoise_channel,
+    )
+    stage.stem.load_state_dict(upsampler.stem.state_dict())
+    return stage

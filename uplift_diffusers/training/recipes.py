@@ -111,7 +111,7 @@ class UpsamplerTrainingConfig(LatentTrainingConfig):
     depths: tuple[int, ...] = option((1, 2, 3, 4), "Depths d: from 1/2^d of the resolution in d steps of 2x.")
     latent_noise: float = option(1.0, "Standard deviation of the noise added to the input latents, in raw units.")
     pixel_weight: float = option(0.0, "Weight of the L1 loss between the decoded last step and the image.")
-    initial_stem: str | None = option(None, "Result of --stage pixels; its stem initialises the encoder's.")
+    initial_stem: str | None = option(None, "Result of --stage pixels, or an upsampler, for its stem.")
     pretrained_model: str | None = option(None, "A trained upsampler for these latents to start from.")
     degraded_probability: float = option(0.0, "Share of the input images with JPEG artefacts, noise or blur.")
 
@@ -158,12 +158,11 @@ class UpsamplerTrainingConfig(LatentTrainingConfig):
             assert model.estimator is not None
             levels = len(model.estimator.convs)
             pyramids = [image_pyramid(images, levels) for images in crops.split(8)]
+            targets = [LatentCodec(vae, space).encode(pyramid[0]) for pyramid in pyramids]
             for depth in range(1, levels + 1):
-                pairs = []
-                for pyramid in pyramids:
-                    pixels = model.encode(pyramid[depth], step=0, num_steps=depth).pixels
-                    pairs.append((pixels, LatentCodec(vae, space).encode(pyramid[0])))
-                model.estimator.fit(pairs)
+                images = [pyramid[depth] for pyramid in pyramids]
+                pixels = [model.encode(image, step=0, num_steps=depth).pixels for image in images]
+                model.estimator.fit(list(zip(pixels, targets, strict=True)))
 
         validate = None
         if self.validation_data_dir is not None:
