@@ -250,20 +250,29 @@ class TrainedPeer(nn.Module):
 
     Args:
         network: has `upsample(features, image, size)`, see `UpsampleFeatures`.
+        name: by which `load_peer` makes it.
+        channels: of the features that it is trained for.
     """
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, *, name: str, channels: int):
         super().__init__()
-        self.network = network
+        self.network, self.name, self.channels = network, name, channels
 
     def forward(self, features: torch.Tensor, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         return self.network.upsample(features, image, size)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """One .safetensors file of the network's tensors, under the names that its authors gave them."""
+        """One .safetensors file of the network's tensors, under their published names: what `load_peer` takes."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
         save_file(tensors, Path(folder) / "diffusion_pytorch_model.safetensors")
+
+    def loading_lines(self) -> str:
+        """For the model card."""
+        return (
+            "from uplift_diffusers.evaluation.predictive.peers import load_peer\n\n"
+            f'upsampler = load_peer("{self.name}", channels={self.channels}, weights="the folder of this card")'
+        )
 
 
 Method = tuple[nn.Module, FeatureObjective, UpsampleFeatures]
@@ -304,12 +313,13 @@ def add_peer(name: str, make_network: Callable[[FeatureSpace], nn.Module]) -> No
     Let `--method` take a published upsampler that is trained by reconstruction, as JAFAR and AnyUp are.
 
     Args:
-        name: what `--method` takes.
+        name: what `--method` takes, and `load_peer`.
         make_network: a new network for the features of a space, with `upsample(features, image, size)`.
     """
 
     def make(config: FeatureTrainingConfig, backbone: FeatureBackbone) -> Method:
-        model = TrainedPeer(make_network(backbone.space)).to(backbone.model.device)
+        space = backbone.space
+        model = TrainedPeer(make_network(space), name=name, channels=space.channels).to(backbone.model.device)
         return model, FinalSizeObjective(model, backbone, depths=config.depths), model
 
     METHODS[name] = make

@@ -57,9 +57,15 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ValueError(f"`{name}` must not be given with --task {options['task']}, where it has no effect.")
         run(Request(**options, command=shlex.join(["eval_predictive.py", *arguments])))
     except (OSError, ValueError, TypeError, ImportError) as error:
-        print(error, file=sys.stderr)
+        print(_sentence(error), file=sys.stderr)
         return 1
     return 0
+
+
+def _sentence(error: Exception) -> str:
+    """What `error` says, without the traceback that PyTorch adds to errors of the processes that read images."""
+    text = str(error).strip()
+    return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -102,7 +108,7 @@ def _build_parser() -> argparse.ArgumentParser:
     cost.add_argument("--tokens", type=_positive, nargs="+", help="squares (default: 64 256 576 1024 1521 2601)")
     cost.add_argument("--channels", type=_positive, help="of the features (default: 384)")
     cost.add_argument("--patch_size", type=_positive, help="default: 16")
-    cost.add_argument("--repeats", type=_positive, help="calls that are timed after a warm-up (default: 3)")
+    cost.add_argument("--repeats", type=_positive, help="calls that are timed, at most (default: 3)")
     cost.add_argument("--threads", type=_positive, help="default: 1")
     cost.add_argument("--memory_limit", type=float, help="GiB of one call (default: 70 %% of what is free)")
     cost.add_argument("--time_limit", type=float, help="seconds of one call (default: 300)")
