@@ -144,13 +144,16 @@ def test_wrong_requests_end_with_one_sentence(task, options, sentence, tmp_path,
 def test_wrong_data_and_upsamplers_end_with_one_sentence(scenes, backbone, tmp_path, capsys):
     for options, sentence in (
         (["--num_classes", 2], "labels of the 2 classes, got the value 2"),
+        (["--num_classes", 2, "--num_workers", 1], "must have labels of the 2 classes, got the value 2."),
         ([], "`num_classes` must be from 1 to 255"),
         (["--num_classes", 3, "--upsamplers", "jafar"], "`upsamplers` must give weights for jafar"),
         (["--num_classes", 3, "--upsamplers", "bilinear=file"], "`weights` must not be given for bilinear"),
     ):
         assert call("segmentation", tmp_path / "report", *COMMON, *folders(scenes), *options) == 1
-        error = capsys.readouterr().err.splitlines()
-        assert sentence in error[-1]
+        *progress, error = capsys.readouterr().err.splitlines()
+        assert sentence in error
+        assert error.startswith("`")
+        assert "Traceback" not in "".join(progress)
 
 
 def test_a_dino_backbone_is_measured_end_to_end(scenes, tmp_path):

@@ -15,6 +15,7 @@ from tests.components import smooth_images
 from tests.feature_parts import WIDTH, make_dinov2, make_dinov3, make_feature_upsampler
 from tests.training_runs import make_photographs
 from uplift_diffusers import FeatureBackbone, UPLiFTFeaturePipeline, UPLiFTModel
+from uplift_diffusers.evaluation.predictive.peers import JAFAR
 from uplift_diffusers.feature_space import FeatureSpace
 from uplift_diffusers.training import features
 from uplift_diffusers.training.features import (
@@ -176,6 +177,18 @@ def test_a_peer_is_trained_by_its_name_and_saved_under_its_own_tensors(folders, 
     )
     assert weights.keys() == {"factor"}
     assert (weights["factor"] - 0.5).abs().mean() > 0.05
+
+
+def test_a_trained_peer_loads_as_its_card_says(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "METHODS", dict(features.METHODS))
+    features.add_peer("jafar", lambda space: JAFAR(space.channels, width=16))
+    weights = run(folders, tmp_path / "run", method="jafar", max_train_steps=2)
+    code = (tmp_path / "run" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(code.replace("the folder of this card", str(tmp_path / "run")), names)
+    loaded = names["upsampler"].state_dict()
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
 
 
 def test_the_recipes_are_the_papers():

@@ -255,20 +255,30 @@ class TrainedPeer(nn.Module):
 
     Args:
         network: a module with `upsample(features, image, size)`, see `UpsampleFeatures`.
+        name: its name for `load_peer`.
+        channels: channels of the features that it is trained for.
     """
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, *, name: str, channels: int):
         super().__init__()
         self.network: Any = network
+        self.name, self.channels = name, channels
 
     def forward(self, features: torch.Tensor, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         return self.network.upsample(features, image, size)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Save the network's tensors to a .safetensors file, with their published names."""
+        """Save the network's tensors to a .safetensors file, with their published names, for `load_peer`."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
         save_file(tensors, Path(folder) / "diffusion_pytorch_model.safetensors")
+
+    def loading_lines(self) -> str:
+        """For the model card."""
+        return (
+            "from uplift_diffusers.evaluation.predictive.peers import load_peer\n\n"
+            f'upsampler = load_peer("{self.name}", channels={self.channels}, weights="the folder of this card")'
+        )
 
 
 Method = tuple[Any, FeatureObjective, UpsampleFeatures]
@@ -310,12 +320,13 @@ def add_peer(name: str, make_network: Callable[[FeatureSpace], nn.Module]) -> No
     Add a published upsampler that is trained by reconstruction, such as JAFAR or AnyUp, to `--method`.
 
     Args:
-        name: the value of `--method`.
+        name: the value of `--method`, and its name for `load_peer`.
         make_network: makes a new network with `upsample(features, image, size)` for the features of a space.
     """
 
     def make(config: FeatureTrainingConfig, backbone: FeatureBackbone) -> Method:
-        model = TrainedPeer(make_network(backbone.space)).to(backbone.model.device)
+        space = backbone.space
+        model = TrainedPeer(make_network(space), name=name, channels=space.channels).to(backbone.model.device)
         return model, FinalSizeObjective(model, backbone, depths=config.depths), model
 
     METHODS[name] = make

@@ -43,9 +43,7 @@ _CARD = """
 {kind} of {parameters:.1f} M parameters, trained with uplift-diffusers for {steps} optimiser steps.
 
 ```python
-from {package} import {kind}
-
-model = {kind}.from_pretrained("{repository}")
+{loading}
 ```
 
 ## Data
@@ -136,8 +134,7 @@ def model_card(
     body = _CARD.format(
         title=title.rpartition("/")[2],
         kind=type(model).__name__,
-        package=_public_module(model),
-        repository=title,
+        loading=_loading(model, title),
         parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         steps=records[-1]["step"],
         data=f"{settings['num_photographs'] or 'Streamed'} photographs of `{_public(source)}`",
@@ -166,11 +163,18 @@ def _flags(config: TrainingConfig) -> list[str]:
     return flags
 
 
-def _public_module(model: ModelMixin) -> str:
-    """The module to import the class of `model` from: its package, if it exports the class, else its own module."""
-    module = type(model).__module__
+def _loading(model: ModelMixin, repository: str) -> str:
+    """
+    The lines that load `model`: its `loading_lines`, or an import of its class, from its package if that exports it,
+    else from its own module, and `from_pretrained`.
+    """
+    loading_lines = getattr(model, "loading_lines", None)
+    if loading_lines is not None:
+        return loading_lines()
+    module, kind = type(model).__module__, type(model).__name__
     package = module.partition(".")[0]
-    return package if hasattr(importlib.import_module(package), type(model).__name__) else module
+    place = package if hasattr(importlib.import_module(package), kind) else module
+    return f'from {place} import {kind}\n\nmodel = {kind}.from_pretrained("{repository}")'
 
 
 def _hub_id(name: str | None) -> str | None:

@@ -59,9 +59,15 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ValueError(f"`{name}` must not be given with --task {options['task']}, where it has no effect.")
         run(Request(**options, command=shlex.join(["eval_predictive.py", *arguments])))
     except (OSError, ValueError, TypeError, ImportError) as error:
-        tell(in_one_line(error))
+        tell(_sentence(error))
         return 1
     return 0
+
+
+def _sentence(error: Exception) -> str:
+    """The message of `error`, without the traceback that PyTorch adds to errors of data-loading processes."""
+    text = str(error).strip()
+    return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else in_one_line(error)
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -106,7 +112,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     cost.add_argument("--channels", type=_positive, help="channels of the features (default: 384)")
     cost.add_argument("--patch_size", type=_positive, help="default: 16")
-    cost.add_argument("--repeats", type=_positive, help="timed calls after a warm-up (default: 3)")
+    cost.add_argument("--repeats", type=_positive, help="maximum number of timed calls (default: 3)")
     cost.add_argument("--threads", type=_positive, help="default: 1")
     cost.add_argument("--memory_limit", type=float, help="GiB per call (default: 70 %% of free memory)")
     cost.add_argument("--time_limit", type=float, help="seconds per call (default: 300)")

@@ -11,7 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from uplift_diffusers.evaluation.predictive.probes import accuracy, intersection_over_union, score_counts
-from uplift_diffusers.evaluation.predictive.scaling import REFERENCE, CostPoint, find_crossing, fit_exponent
+from uplift_diffusers.evaluation.predictive.scaling import (
+    ENOUGH_SECONDS,
+    REFERENCE,
+    CostPoint,
+    find_crossing,
+    fit_exponent,
+)
 from uplift_diffusers.evaluation.records import write_whole
 from uplift_diffusers.evaluation.statistics import Estimate, bootstrap_mean, paired_difference
 
@@ -141,7 +147,8 @@ def write_cost_report(points: dict[str, list[CostPoint]], run: dict, folder: Pat
     for axes, (field, heading, unit, _) in zip(figure.subplots(1, 3), QUANTITIES):
         _cost_panel(axes, points, crossings, field, heading, unit)
     notes = (
-        "Seconds are medians after a warm-up, each in a separate process. Peak memory is that of a call beyond "
+        f"Seconds are {run['clock']} seconds of the quickest of {run['limits']['repeats']} calls, fewer if they "
+        f"take more than {ENOUGH_SECONDS:.0f} s, each in a separate process. Peak memory is that of a call beyond "
         "weights and inputs, its result included. FLOP are those of convolutions, matrix products, products and sums; "
         "what JAFAR and AnyUp compute and discard in their published code is left out. Figures in brackets did not "
         "fit into the limits and are computed: seconds at the speed of the largest call that was measured, memory as "

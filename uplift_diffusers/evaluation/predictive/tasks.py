@@ -3,6 +3,7 @@
 import hashlib
 import math
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -265,10 +266,16 @@ def run_cost(request: Request) -> None:
         raise ValueError(f"`upsamplers` must be among {known_methods()} for --task cost, got {unknown[0]!r}.")
     memory = 0.7 * available_bytes(request.device) if request.memory_limit is None else request.memory_limit * 2**30
     limits = Limits(memory, request.time_limit, repeats=request.repeats, threads=request.threads)
+    clock = "processor" if limits.clock(request.device) is time.process_time else "wall-clock"
     store = RecordStore(request.output_dir / "records")
 
     def remember(workload: Workload, limits: Limits, device: str) -> Measured | str:
-        settings = {"repeats": limits.repeats, "threads": limits.threads, "device": device_name(device)}
+        settings = {
+            "repeats": limits.repeats,
+            "threads": limits.threads,
+            "clock": clock,
+            "device": device_name(device),
+        }
         identity = {**asdict(workload), **settings, "versions": _versions()}
         entry = Entry("cost", f"{workload.method}-{workload.tokens}", identity)
         if request.fresh or not store.holds(entry):
@@ -296,6 +303,7 @@ def run_cost(request: Request) -> None:
         "patch_size": request.patch_size,
         "query_chunk": request.query_chunk,
         "limits": asdict(limits),
+        "clock": clock,
         **_facts(request),
         "hardware": f"{device_name(request.device)}, {request.threads} threads",
     }
