@@ -5,8 +5,9 @@ What changes to the embedded upsampler give in a few minutes of training on from
     python -m benchmarks.upsampler_trials ... --cpu_minutes 20 --trials "as it is" "no term in decoded pixels"
 
 Every trial starts as the same function: whatever it has beyond the upsampler is added so that it changes nothing at
-first, or hardly anything if it is the neighbourhood (see `grow`). All trials then train for the same CPU time in the
-embedded recipe, but only at depth 1, on the same crops, with Adam and a cosine schedule over that time.
+first, or hardly anything if it is the neighbourhood (see `grow`). All trials then train for the same CPU time, or with
+`--steps` for as many steps, in the embedded recipe, but only at depth 1, on the same crops, with Adam and a cosine
+schedule over that time.
 
 Prints the final PSNR on one crop of 256 px of every validation photograph, reduced two and four times, and at 2x with
 a JPEG as input; and the mean weight that the Local Attender gives to the latent in which a position lies (1 is nearest
@@ -137,15 +138,26 @@ def reset_attender(model: UPLiFTModel) -> None:
 
 
 def train(
-    model: UPLiFTModel, trial: Trial, photographs: Photographs, vae: Autoencoder, space: LatentSpace, *, seconds: float
+    model: UPLiFTModel,
+    trial: Trial,
+    photographs: Photographs,
+    vae: Autoencoder,
+    space: LatentSpace,
+    *,
+    cpu_seconds: float | None = None,
+    max_steps: int | None = None,
 ) -> int:
-    """Train for so many seconds of the CPU; returns the number of steps."""
+    """Train for so many seconds of the CPU, or else for so many steps; returns the number of steps."""
     objective = MultiDepthObjective(model.train(), vae, space, **{**OBJECTIVE, **trial.objective})
     optimizer = torch.optim.Adam(model.parameters(), lr=trial.learning_rate)
     generator = torch.Generator().manual_seed(0)
     order = iter(EpochSampler(len(photographs), seed=0))
     begin, steps = time.process_time(), 0
-    while (passed := (time.process_time() - begin) / seconds) < 1:
+
+    def spent() -> float:
+        return steps / max_steps if max_steps else (time.process_time() - begin) / cpu_seconds
+
+    while (passed := spent()) < 1:
         rate = min(1.0, passed / WARM_UP) * (1 + math.cos(math.pi * passed)) / 2
         for group in optimizer.param_groups:
             group["lr"] = trial.learning_rate * rate
@@ -201,7 +213,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--validation_data_dir", required=True)
     parser.add_argument("--model", default=str(embedded_bundle()), help="pipeline whose upsampler is tried")
     parser.add_argument("--trials", nargs="+", choices=TRIALS, default=list(TRIALS), metavar="NAME")
-    parser.add_argument("--cpu_minutes", type=float, default=5.0, help="of training, for every trial")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--cpu_minutes", type=float, default=5.0, help="of training, for every trial")
+    budget.add_argument("--steps", type=int, help="of training instead: the same figures on every run")
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
@@ -218,9 +232,11 @@ def main(arguments: list[str] | None = None) -> None:
         grow(model, source)
         if trial.new_attender:
             reset_attender(model)
-        steps = train(model, trial, photographs, vae, space, seconds=60 * options.cpu_minutes)
+        budget = {"max_steps": options.steps} if options.steps else {"cpu_seconds": 60 * options.cpu_minutes}
+        steps = train(model, trial, photographs, vae, space, **budget)
         print(_row(name, steps, measure(model)), flush=True)
-    print(f"\n{options.cpu_minutes:g} minutes of the CPU for each trial; {environment('cpu')}")
+    budget = f"{options.steps} steps" if options.steps else f"{options.cpu_minutes:g} minutes of the CPU"
+    print(f"\n{budget} for each trial; {environment('cpu')}")
 
 
 def _row(name: str, steps: int | str, values: list[float]) -> str:
