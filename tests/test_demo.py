@@ -118,6 +118,30 @@ def test_an_upload_becomes_the_pipelines_own_output_with_name_and_metadata(visit
 
 
 @needs_browser
+def test_a_size_is_asked_for_instead_of_a_factor(visitor, tmp_path):
+    visitor.choose(save_picture(tmp_path / "small.png"))
+    visitor.panel.get_by_label("Enlarge", exact=True).first.click()
+    visitor.page.get_by_role("option", name="to a long side").click()
+    pixels = visitor.panel.get_by_role("spinbutton", name="Pixels")
+    assert pixels.input_value() == "3840"
+    pixels.fill("90")
+    visitor.press("Enlarge")
+    assert visitor.pixels("After") == (90, 54)
+
+
+@needs_browser
+def test_what_the_slider_says_reaches_the_upsampler_and_shows_only_without_automatic(visitor, tmp_path):
+    visitor.choose(save_picture(tmp_path / "small.png"))
+    slider = visitor.panel.get_by_role("spinbutton", name=re.compile("Denoise"))
+    visitor.panel.get_by_role("button", name="Noise").click()
+    assert not slider.is_visible()
+    visitor.panel.get_by_label("Automatic").uncheck()
+    slider.fill("0.4")
+    visitor.press("Enlarge")
+    visitor.sees("must be 0 or 'auto' for an upsampler without `denoise_channel`, got 0.4")
+
+
+@needs_browser
 def test_several_pictures_become_a_gallery_and_one_zip(visitor, tmp_path):
     paths = [save_picture(tmp_path / name, color=name.split(".")[0]) for name in ("red.png", "blue.png")]
     broken = tmp_path / "broken.png"
@@ -165,7 +189,7 @@ def test_what_cannot_be_enlarged_is_told_in_a_sentence(visitor, demo, tmp_path):
 @needs_browser
 def test_a_cancelled_job_ends_and_the_next_one_is_served(visitor, demo, tmp_path):
     visitor.choose(save_picture(tmp_path / "large.png", LARGE))
-    visitor.panel.get_by_role("spinbutton", name=re.compile("Scale")).fill("8")
+    visitor.panel.get_by_role("spinbutton", name="Factor").fill("8")
     visitor.press("Enlarge")
     visitor.sees("Enlarging, about")
     visitor.press("Cancel")
@@ -351,9 +375,9 @@ def test_twenty_visitors_all_get_their_own_picture(demo, tmp_path):
     gradio_client = pytest.importorskip("gradio_client")
     paths = [save_picture(tmp_path / f"{i}.png", color=colour) for i, colour in enumerate(colours(20))]
     clients = [gradio_client.Client(demo.url, verbose=False) for _ in paths]
-    clients[0].predict(files=[upload(paths[0])], scale=2, api_name="/enlarge")  # loads the model
+    clients[0].predict(files=[upload(paths[0])], amount=2, api_name="/enlarge")  # loads the model
     before = demo.memory_bytes()
-    jobs = [client.submit(files=[upload(path)], scale=2, api_name="/enlarge") for client, path in zip(clients, paths)]
+    jobs = [client.submit(files=[upload(path)], amount=2, api_name="/enlarge") for client, path in zip(clients, paths)]
     results = [Path(job.result(120)[2]) for job in jobs]
     assert [result.name for result in results] == [path.name for path in paths]
     distances = np.abs(np.array([[mean_colour(a) - mean_colour(b) for b in paths] for a in results])).sum(axis=2)
@@ -365,7 +389,7 @@ def test_every_endpoint_has_a_name_and_named_parameters(client):
     endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
     names = {name: [entry["parameter_name"] for entry in info["parameters"]] for name, info in endpoints.items()}
     assert names == {
-        "/enlarge": ["files", "scale", "model"],
+        "/enlarge": ["files", "by", "amount", "model", "auto_denoise", "denoise", "consistency"],
         "/compare": ["file", "scale", "model"],
         "/create": [
             "prompt", "negative_prompt", "steps", "guidance", "seed", "scale", "refinement", "model",
@@ -386,18 +410,21 @@ def test_every_bad_value_is_answered_with_a_sentence(demo):
     model = "Embedded"
     foreign = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
     prompt = ["a cat", "", 2, 7.5, "1", 2, 0, "somebody/else"]
+    wanted = ["scale", 2, model, True, 0, 1]
     cases = [
-        ("enlarge", [None, 2, model], "Choose an image first."),
-        ("enlarge", [[foreign], None, model], "`scale` must be a number from 1.5 to 8, got None."),
-        ("enlarge", [[foreign], "2", model], "`scale` must be a number from 1.5 to 8, got '2'."),
-        ("enlarge", [[foreign], [2], model], "`scale` must be a number from 1.5 to 8, got [2]."),
-        ("enlarge", [[foreign], 9, model], "`scale` must be a number from 1.5 to 8, got 9."),
-        ("enlarge", [[foreign], 2, None], "`model` must be one of Embedded, "),
-        ("enlarge", [[foreign], 2, {}], "`model` must be one of Embedded, "),
-        ("enlarge", [[foreign], 2, model], "Files must be uploaded to this server"),
-        ("enlarge", ["small.png", 2, model], "`files` must be an uploaded file, got 'small.png'."),
-        ("enlarge", [], "3 values are needed, got 0."),
-        ("enlarge", [[foreign] * 21, 2, "<b>"], "`model` must be one of Embedded, "),
+        ("enlarge", [None, *wanted], "Choose a image first."),
+        ("enlarge", [[foreign], "scale", None, *wanted[2:]], "`amount` must be a number, got None."),
+        ("enlarge", [[foreign], "scale", "2", *wanted[2:]], "`amount` must be a number, got '2'."),
+        ("enlarge", [[foreign], "scale", [2], *wanted[2:]], "`amount` must be a number, got [2]."),
+        ("enlarge", [[foreign], "depth", *wanted[1:]], "`by` must be one of scale, width, height, long_side, "),
+        ("enlarge", [[foreign], "scale", 2, None, *wanted[3:]], "`model` must be one of Embedded, "),
+        ("enlarge", [[foreign], "scale", 2, {}, *wanted[3:]], "`model` must be one of Embedded, "),
+        ("enlarge", [[foreign], *wanted[:3], "yes", 0, 1], "`auto_denoise` must be true or false, got 'yes'."),
+        ("enlarge", [[foreign], *wanted[:3], False, 2, 1], "`denoise` must be a number from 0 to 1, got 2."),
+        ("enlarge", [[foreign], *wanted], "Files must be uploaded to this server"),
+        ("enlarge", ["small.png", *wanted], "`files` must be an uploaded file, got 'small.png'."),
+        ("enlarge", [], "7 values are needed, got 0."),
+        ("enlarge", [[foreign] * 21, "scale", 2, "<b>", *wanted[3:]], "`model` must be one of Embedded, "),
         ("compare", [foreign, 3, model], "`scale` must be one of 2, 4, 8, got 3."),
         ("compare", [foreign, True, model], "`scale` must be one of 2, 4, 8, got True."),
         ("create", [None, *prompt[1:]], "`prompt` must be text, got None."),
@@ -412,13 +439,28 @@ def test_every_bad_value_is_answered_with_a_sentence(demo):
         assert sentence in message["error"], (values, message)
 
 
+@pytest.mark.parametrize(
+    ("by", "amount", "sentence"),
+    [
+        ("scale", 0.5, "`scale` must be from 1 to 16, got 0.5."),
+        ("width", 90.5, "`width` must be a whole number, got 90.5."),
+        ("width", 20, "A width of 20 pixels are asked for of an image of 40 x 24 pixels, which is less than it has."),
+        ("megapixels", 12, "12 megapixels are asked for of an image of 40 x 24 pixels, which is more than 16 times"),
+    ],
+)
+def test_a_size_that_cannot_be_is_answered_with_a_sentence(client, tmp_path, by, amount, sentence):
+    small = upload(save_picture(tmp_path / "small.png"))
+    with pytest.raises(pytest.importorskip("gradio_client").exceptions.AppError, match=re.escape(sentence)):
+        client.predict(files=[small], by=by, amount=amount, api_name="/enlarge")
+
+
 def test_pictures_of_a_job_and_jobs_of_a_visitor_are_limited(demo, client, tmp_path):
     gradio_client = pytest.importorskip("gradio_client")
     small = upload(save_picture(tmp_path / "small.png"))
     with pytest.raises(gradio_client.exceptions.AppError, match="At most 20 images at a time, got 21"):
-        client.predict(files=[small] * 21, scale=2, api_name="/enlarge")
+        client.predict(files=[small] * 21, amount=2, api_name="/enlarge")
     large = upload(save_picture(tmp_path / "medium.png", LARGE))
-    jobs = [client.submit(files=[large], scale=4, api_name="/enlarge") for _ in range(6)]
+    jobs = [client.submit(files=[large], amount=4, api_name="/enlarge") for _ in range(6)]
     errors = [error for job in jobs if (error := job.exception(120))]
     assert len(errors) == 2
     assert all("4 of your jobs are waiting already" in str(error) for error in errors)
@@ -455,13 +497,13 @@ def test_on_the_loopback_only_its_own_pages_are_answered(demo, headers, code):
 
 def test_a_job_that_is_cancelled_through_the_api_stops(client, demo, tmp_path):
     large = upload(save_picture(tmp_path / "large.png", LARGE))
-    job = client.submit(files=[large], scale=8, api_name="/enlarge")
+    job = client.submit(files=[large], amount=8, api_name="/enlarge")
     while not (job.status().progress_data and "Enlarging" in (job.status().progress_data[0].desc or "")):
         assert not job.done()
         time.sleep(0.05)
     assert job.cancel()
     small = upload(save_picture(tmp_path / "small.png"))
-    assert client.submit(files=[small], scale=2, api_name="/enlarge").result(60)
+    assert client.submit(files=[small], amount=2, api_name="/enlarge").result(60)
     assert not enlarged(demo, "large.png")
 
 

@@ -12,12 +12,12 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from tests.components import make_local_vae, make_upsampler, smooth_images, stable_diffusion_components
-from uplift_diffusers import UPLiFTSuperResolutionPipeline, UPLiFTTextToImagePipeline
+from uplift_diffusers import UPLiFTModel, UPLiFTSuperResolutionPipeline, UPLiFTTextToImagePipeline
 from uplift_diffusers.demo import jobs as jobs_module
 from uplift_diffusers.demo.app import main
 from uplift_diffusers.demo.jobs import BusyError, JobQueue, StoppedError
 from uplift_diffusers.demo.weights import Source
-from uplift_diffusers.demo.work import Request, compare_methods, create, preview
+from uplift_diffusers.demo.work import Enlargement, Request, compare_methods, create, enlarge_files, preview
 
 LIMIT = 10**9
 
@@ -254,6 +254,46 @@ def test_the_compared_pictures_are_those_of_their_methods(jobs, tmp_path):
         made = np.asarray(Image.open(pane.path), dtype=float)
         wanted = (expected[pane.label].clamp(0, 1) * 255).permute(1, 2, 0).numpy()
         assert np.abs(made - wanted).max() <= (1 if pane.label == "Bicubic" else 0.51)  # Pillow rounds too
+
+
+@pytest.fixture
+def jpeg(tmp_path):
+    pixels = (smooth_images(1, 36, 52)[0].permute(1, 2, 0) * 255).round().byte().numpy()
+    Image.fromarray(pixels).save(tmp_path / "picture.jpg", quality=60)
+    return tmp_path / "picture.jpg"
+
+
+@pytest.fixture
+def denoiser():
+    torch.manual_seed(0)
+    settings = {"encoder_block_out_channels": (8, 8), "decoder_channels": 16, "refiner_channels": 16}
+    upsampler = UPLiFTModel(
+        latent_channels=12, latent_space="test-local", refiner_layers=1, denoise_channel=True, **settings
+    ).eval()
+    return UPLiFTSuperResolutionPipeline(vae=make_local_vae(), upsampler=upsampler)
+
+
+@pytest.mark.parametrize("settings", [{}, {"denoise": 0.2}, {"denoise": 0.0, "consistency": 0.5}], ids=str)
+def test_an_enlarged_file_is_the_pipelines_own_output_for_these_settings(jobs, jpeg, denoiser, settings):
+    wanted = Enlargement("width", 90, **settings)
+    work = lambda job: enlarge_files(job, [jpeg], pipeline=denoiser, wanted=wanted, max_pixels=LIMIT)  # noqa: E731
+    (result,), failures = do(jobs, work)[0]
+    assert not failures
+    seeded = torch.Generator().manual_seed(0)
+    expected = denoiser(image=Image.open(jpeg), scale=90 / 52, generator=seeded, **settings).images[0]
+    assert expected.size == (90, 62)
+    np.testing.assert_array_equal(np.asarray(Image.open(result.path)), np.asarray(expected))
+
+
+def test_a_jpeg_is_denoised_in_the_comparison_too(jobs, jpeg, denoiser):
+    work = lambda job: compare_methods(job, jpeg, pipeline=denoiser, scale=2, max_pixels=LIMIT)  # noqa: E731
+    made = np.asarray(Image.open(do(jobs, work)[0][-1].path))
+    denoised, as_it_is = (
+        np.asarray(denoiser(image=Image.open(jpeg), generator=torch.Generator().manual_seed(0), **settings).images[0])
+        for settings in ({}, {"denoise": 0})
+    )
+    np.testing.assert_array_equal(made, denoised)
+    assert (denoised != as_it_is).any()
 
 
 def test_the_small_picture_is_stable_diffusions_own(jobs, tmp_path):

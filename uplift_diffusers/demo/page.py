@@ -141,10 +141,14 @@ def _refusal(sentence: str) -> gr.Error:
 
 def _broken_rule(component: object, value: Any) -> str | None:
     """The rule for values of `component`, if `value` violates it."""
-    if isinstance(component, gr.Slider):
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = is_number and math.isfinite(value) and component.minimum <= value <= component.maximum
+    if isinstance(component, gr.Slider | gr.Number):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if isinstance(component, gr.Number):
+            return None if is_number else "a number"
+        fits = is_number and component.minimum <= value <= component.maximum
         return None if fits else f"a number from {component.minimum:g} to {component.maximum:g}"
+    if isinstance(component, gr.Checkbox):
+        return None if isinstance(value, bool) else "true or false"
     if isinstance(component, gr.Radio | gr.Dropdown):
         choices = [choice for _, choice in component.choices]
         fits = any(type(value) is type(choice) and value == choice for choice in choices)

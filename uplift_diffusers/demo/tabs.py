@@ -22,6 +22,16 @@ WORKING: dict[str, Any] = {"concurrency_limit": None}  # they wait in the JobQue
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
+SIZES = {
+    "scale": ("by a factor", "Factor", 2),
+    "width": ("to a width", "Pixels", 3840),
+    "height": ("to a height", "Pixels", 2160),
+    "long_side": ("to a long side", "Pixels", 3840),
+    "megapixels": ("to a number of pixels", "Megapixels", 12),
+}
+"""How to say how large a picture becomes, by its name in `resolve_scale`: its label, the amount's, a first amount."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """
@@ -43,8 +53,18 @@ def enlarge_tab(jobs: JobQueue, models: Models, limits: Limits, examples: Sequen
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             files = file_input("Images: drop, paste or choose", file_count="multiple")
-            scale = gr.Slider(1.5, 8, value=2, step=0.1, label="Scale", info="Factor for width and height", buttons=[])
+            with gr.Row():
+                by = gr.Dropdown(
+                    [(label, name) for name, (label, *_) in SIZES.items()],
+                    value="scale", label="Enlarge", interactive=True, scale=3, min_width=130,
+                )  # fmt: skip
+                amount = gr.Number(2, label=SIZES["scale"][1], minimum=0, scale=2, min_width=110, buttons=[])
             model = model_input(models)
+            with gr.Accordion("Noise", open=False):
+                auto = gr.Checkbox(True, label="Automatic", info="JPEGs by their quality, other files not at all")
+                denoise = gr.Slider(0, 1, value=0.3, step=0.05, label="Denoise", buttons=[], visible=False)
+                kept = "How closely a clean original is kept"
+                consistency = gr.Slider(0, 1, value=1, step=0.05, label="Consistency", info=kept, buttons=[])
             run, stop = buttons("Enlarge")
             shown_examples = examples_input(examples)
         with gr.Column(scale=2, min_width=300):
@@ -58,14 +78,20 @@ def enlarge_tab(jobs: JobQueue, models: Models, limits: Limits, examples: Sequen
             figures = gr.HTML(elem_classes="figures", label="Figures")
     pairs = gr.State([])
 
-    async def enlarge(files, scale, model, request: gr.Request, progress=gr.Progress()):
+    async def enlarge(
+        files, by, amount, model, auto_denoise, denoise, consistency, request: gr.Request, progress=gr.Progress()
+    ):
         """
         Upscale images to PNG files that keep the names and the metadata of the originals.
 
         Args:
             files: image files, of up to 100 megapixels each.
-            scale: from 1.5 to 8; the results have round(scale * width) by round(scale * height) pixels.
+            by: what `amount` is: scale, width, height, long_side or megapixels.
+            amount: the scale, from 1 to 16, or a size that determines it: pixels or megapixels of the results.
             model: one of the models that the server offers.
+            auto_denoise: clean JPEGs by their quality and leave other files as they are, whatever denoise says.
+            denoise: from 0 to 1, how much compression and noise is taken away.
+            consistency: from 0 to 1, how closely the results, reduced, are the originals.
         Returns:
             Before and after of the first image; all results; the result, or a zip of several; figures as HTML.
         """
@@ -79,7 +105,7 @@ def enlarge_tab(jobs: JobQueue, models: Models, limits: Limits, examples: Sequen
                 job,
                 [Path(file) for file in files],
                 pipeline=models.enlarger(model),
-                scale=scale,
+                wanted=work.Enlargement(by, amount, "auto" if auto_denoise else denoise, consistency),
                 max_pixels=limits.max_pixels,
             )
             path = results[0].path if len(results) == 1 else work.pack(results, job.folder)
@@ -97,8 +123,10 @@ def enlarge_tab(jobs: JobQueue, models: Models, limits: Limits, examples: Sequen
 
     outputs = [seen, gallery, download, figures, pairs]
     arguments = {"outputs": outputs, "show_progress_on": seen, "api_name": "enlarge", **WORKING}
-    running = run.click(enlarge, [files, scale, model], **arguments)
+    running = run.click(enlarge, [files, by, amount, model, auto, denoise, consistency], **arguments)
     running.success(reveal, pairs, [gallery, download], **QUIET)
+    by.change(lambda by: gr.Number(SIZES[by][2], label=SIZES[by][1]), by, amount, **QUIET)
+    auto.change(lambda auto: gr.Slider(visible=not auto), auto, denoise, **QUIET)
     stoppable(stop, figures, running)
     previewed(files, seen)
     gallery.select(_select_pair, pairs, seen, **QUIET)

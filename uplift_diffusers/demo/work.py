@@ -11,7 +11,7 @@ from PIL import Image
 
 from uplift_diffusers.demo.jobs import Job, stoppable
 from uplift_diffusers.images.files import OpenedImage, open_image, plan_saving, save_image
-from uplift_diffusers.scale import check_output_size, num_steps_for_scale, size_of
+from uplift_diffusers.scale import check_output_size, num_steps_for_scale, resolve_scale, size_of
 from uplift_diffusers.wording import reason
 
 if TYPE_CHECKING:
@@ -43,6 +43,28 @@ class Pane:
 
 
 @dataclass(frozen=True)
+class Enlargement:
+    """
+    How to enlarge.
+
+    Args:
+        by: what `amount` is: "scale", "width", "height", "long_side" or "megapixels", as in [`resolve_scale`].
+        amount: how large.
+        denoise, consistency: see [`UPLiFTSuperResolutionPipeline`].
+    """
+
+    by: str
+    amount: float
+    denoise: float | str = "auto"
+    consistency: float = 1.0
+
+    def scale_of(self, image: Image.Image) -> float:
+        """For one picture. Raises ValueError where it would have to shrink, or to grow more than 16 times."""
+        whole = int(self.amount) if self.by != "megapixels" and self.amount == int(self.amount) else self.amount
+        return resolve_scale(image.size[::-1], **{self.by: whole})
+
+
+@dataclass(frozen=True)
 class Enlarged:
     """
     One upscaled image.
@@ -69,7 +91,7 @@ def enlarge_files(
     sources: Sequence[Path],
     *,
     pipeline: "UPLiFTSuperResolutionPipeline",
-    scale: float,
+    wanted: Enlargement,
     max_pixels: int,
 ) -> tuple[list[Enlarged], list[str]]:
     """
@@ -87,7 +109,7 @@ def enlarge_files(
         try:
             target = _free_path(job.folder / f"{source.stem}.png")
             enlarged.append(
-                _enlarge_file(job, source, target, prefix, pipeline=pipeline, scale=scale, max_pixels=max_pixels)
+                _enlarge_file(job, source, target, prefix, pipeline=pipeline, wanted=wanted, max_pixels=max_pixels)
             )
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             if len(sources) == 1:
@@ -105,12 +127,13 @@ def _enlarge_file(
     prefix: str,
     *,
     pipeline: "UPLiFTSuperResolutionPipeline",
-    scale: float,
+    wanted: Enlargement,
     max_pixels: int,
 ) -> Enlarged:
     job.plan({"Enlarging": 1}, prefix=prefix)
-    opened = _open(job, source, scale=scale, max_pixels=max_pixels)
-    image = _enlarge(job, opened.image, pipeline=pipeline, scale=scale)
+    opened, scale = _open(job, source, wanted, max_pixels=max_pixels)
+    settings = {"denoise": wanted.denoise, "consistency": wanted.consistency}
+    image = _enlarge(job, opened.image, pipeline=pipeline, scale=scale, **settings)
     job.aside(save_image, image, target, metadata=opened.metadata, check=job.check)
     original = job.folder / "original" / target.name
     original.parent.mkdir(exist_ok=True)
@@ -147,8 +170,9 @@ def compare_methods(
     from uplift_diffusers.pipelines.upscale_stage import Progress, decode_strips_to_scale
 
     job.plan({"Interpolating": 0.4, "Enlarging": 0.6})
-    opened = _open(job, source, scale=scale, max_pixels=max_pixels)
-    color = read_pictures(opened.image)[0].color  # (3, h, w)
+    opened, _ = _open(job, source, Enlargement("scale", scale), max_pixels=max_pixels)
+    picture = read_pictures(opened.image)[0]
+    color = picture.color  # (3, h, w)
     size = size_of(color)
     large = (size[0] * scale, size[1] * scale)
     codec = LatentCodec(pipeline.vae, pipeline.latent_space)
@@ -162,7 +186,9 @@ def compare_methods(
             raw_latents, codec=codec, size=size, num_steps=num_steps_for_scale(scale), scale=scale, progress=progress
         )
         images["Latents, bilinear"] = assemble_pil((strip[0].cpu() for strip in strips), large)
-    images["UPLiFT"] = _enlarge(job, color, pipeline=pipeline, scale=scale)
+    # What is not from a JPEG, and so is not denoised, loses its transparency first.
+    small = color if picture.jpeg_quality is None else opened.image
+    images["UPLiFT"] = _enlarge(job, small, pipeline=pipeline, scale=scale)
 
     panes = []
     for label, image in images.items():
@@ -272,10 +298,12 @@ def save_for_browser(image: Image.Image, path: Path) -> None:
     _as_shown(image).save(path, compress_level=1)
 
 
-def _open(job: Job, source: Path, *, scale: float, max_pixels: int) -> OpenedImage:
+def _open(job: Job, source: Path, wanted: Enlargement, *, max_pixels: int) -> tuple[OpenedImage, float]:
+    """The picture, and its scale."""
     opened = plan_saving(job.aside(open_image, source), ".png")
+    scale = wanted.scale_of(opened.image)
     check_output_size((opened.image.height, opened.image.width), scale, max_pixels=max_pixels)
-    return opened
+    return opened, scale
 
 
 def _as_shown(image: Image.Image) -> Image.Image:
@@ -286,13 +314,19 @@ def _as_shown(image: Image.Image) -> Image.Image:
 
 
 def _enlarge(
-    job: Job, image: "Image.Image | torch.Tensor", *, pipeline: "UPLiFTSuperResolutionPipeline", scale: float
+    job: Job,
+    image: "Image.Image | torch.Tensor",
+    *,
+    pipeline: "UPLiFTSuperResolutionPipeline",
+    scale: float,
+    **settings: float | str,
 ) -> Image.Image:
     import torch
 
     generator = torch.Generator().manual_seed(SEED)  # on the CPU: the same noise on every device
     with following(job, "Enlarging", pipeline.vae, pipeline.upsampler) as advance:
-        output: Any = pipeline(image=image, scale=scale, generator=generator, callback_on_progress=advance)
+        settings = {"generator": generator, "callback_on_progress": advance, **settings}
+        output: Any = pipeline(image=image, scale=scale, **settings)
         return output.images[0]
 
 
