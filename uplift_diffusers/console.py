@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from contextlib import suppress
+from typing import NoReturn
 
 from uplift_diffusers.wording import MAX_REASON, printable, reason
 
@@ -57,7 +58,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"an argument must not hold a null character, got {argument!r:.80}")
         return super().parse_known_args(args, namespace)
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         tell(f"{self.prog}: error: {message if len(message) <= MAX_REASON else message[:MAX_REASON] + '...'}")
         self.exit(2)
 

@@ -101,7 +101,8 @@ def load_feature_pipeline(
     """
     from uplift_diffusers.pipelines.features import UPLiFTFeaturePipeline
 
-    places, normalization = {"backbone": (backbone, None), "upsampler": (upsampler, None)}, None
+    places: dict[str, tuple[Any, str | None]] = {"backbone": (backbone, None), "upsampler": (upsampler, None)}
+    normalization = None
     if model is not None:
         index = _read_config(model, "model_index.json")
         if index is None:
@@ -114,7 +115,7 @@ def load_feature_pipeline(
     network = _load_backbone(*places["backbone"], dtype)
     place, subfolder = places["upsampler"]
     trained = load_upsampler(place, subfolder=subfolder, dtype=dtype)
-    with _errors_told(model if model is not None else upsampler):
+    with _errors_told(place):
         return UPLiFTFeaturePipeline(network, trained, feature_space=feature_space, image_normalization=normalization)
 
 

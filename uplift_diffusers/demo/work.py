@@ -61,7 +61,8 @@ class Enlargement:
     def scale_of(self, image: Image.Image) -> float:
         """For one picture. Raises ValueError where it would have to shrink, or to grow more than 16 times."""
         whole = int(self.amount) if self.by != "megapixels" and self.amount == int(self.amount) else self.amount
-        return resolve_scale(image.size[::-1], **{self.by: whole})
+        size: dict[str, Any] = {self.by: whole}
+        return resolve_scale((image.height, image.width), **size)
 
 
 @dataclass(frozen=True)
@@ -319,7 +320,7 @@ def _enlarge(
     *,
     pipeline: "UPLiFTSuperResolutionPipeline",
     scale: float,
-    **settings: float | str,
+    **settings: Any,
 ) -> Image.Image:
     import torch
 

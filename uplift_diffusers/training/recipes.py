@@ -161,7 +161,7 @@ class UpsamplerTrainingConfig(LatentTrainingConfig):
             targets = [LatentCodec(vae, space).encode(pyramid[0]) for pyramid in pyramids]
             for depth in range(1, levels + 1):
                 images = [pyramid[depth] for pyramid in pyramids]
-                pixels = [model.encode(image, step=0, num_steps=depth).pixels for image in images]
+                pixels: list[Any] = [model.encode(image, step=0, num_steps=depth).pixels for image in images]
                 model.estimator.fit(list(zip(pixels, targets, strict=True)))
 
         validate = None
