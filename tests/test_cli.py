@@ -19,7 +19,7 @@ from PIL import ExifTags, Image
 
 import uplift_diffusers
 from tests.hub_server import HubServer, point_at
-from uplift_diffusers import AutoencoderLocal, UPLiFTModel, UPLiFTSuperResolutionPipeline, __version__, loading
+from uplift_diffusers import AutoencoderLocal, UPLiFTModel, UPLiFTSuperResolutionPipeline, __version__, loading, saving
 from uplift_diffusers.cli import upscale as upscale_module
 from uplift_diffusers.cli.main import DELEGATES, main
 
@@ -541,6 +541,36 @@ def test_output_that_cannot_be_written_is_found_before_the_model_is_loaded(upsca
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+def test_what_a_killed_process_left_is_removed_where_nothing_is_to_be_written_too(upscale, tmp_path, capsys):
+    for name in ("a.png", "deep/b.png"):
+        save(picture(), tmp_path / "photos" / name)
+        save(picture(), tmp_path / "large" / name)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    mine = f".uplift-{saving._HOST}-{os.getppid()}-00.partial"  # of a process that is there
+    for name in (f".uplift-{saving._HOST}-{gone.pid}-00.partial", mine):
+        (tmp_path / "large" / "deep" / name).write_bytes(b"half")
+    assert upscale(tmp_path / "photos", "--output", tmp_path / "large") == 0
+    assert capsys.readouterr().out == "0 written, 2 already there\n"
+    assert files_below(tmp_path / "large") == ["a.png", f"deep/{mine}", "deep/b.png"]
+
+
+def test_an_interrupt_in_the_midst_of_cleaning_up_leaves_nothing(upscale, tmp_path, capsys, monkeypatch):
+    remove, calls = saving._remove_partial, []
+
+    def interrupted_once(path):
+        calls.append(path)
+        if len(calls) == 2:  # the first one is of the probe
+            raise KeyboardInterrupt
+        remove(path)
+
+    monkeypatch.setattr(saving, "_remove_partial", interrupted_once)
+    source = save(picture(), tmp_path / "photos" / "a.png")
+    assert upscale(source, "--output", f"{tmp_path}/large/") == 130
+    assert error_line(capsys) == "Interrupted. The outputs written so far are whole."
+    assert files_below(tmp_path / "large") == ["a.png"]
+
+
 def test_outputs_have_the_permissions_of_any_new_file(upscale, tmp_path):
     source = save(picture(), tmp_path / "photo.png")
     (tmp_path / "ordinary").touch()

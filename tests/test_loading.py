@@ -110,6 +110,8 @@ def test_an_index_that_names_no_class_is_told(model, entry):
     [
         ({"block_out_channels": 10**9}, "has the implausible number 1e+09"),
         ({"block_out_channels": [8, 8.5]}, "cannot be loaded"),
+        ({"encoder_layers_per_block": [1, 10**6]}, "asks for more than 20000 layers"),
+        ({"more": "x" * 2**24}, "config.json is damaged (it is too long)"),
         ({"latent_channels": "twelve"}, "cannot be loaded"),
         ({"latent_channels": None}, "cannot be loaded"),
         ({"latent_channels": 13}, "cannot be loaded"),
@@ -234,6 +236,7 @@ def test_json_of_any_shape_in_a_pipeline_of_features_is_told(features, name, con
         ({"model_type": "vit"}, "must hold a model of type dinov2"),
         ({"auto_map": {"AutoConfig": "evil.Evil"}, "model_type": "evil"}, "cannot be loaded"),
         ({"hidden_size": 48}, "must be"),
+        ({"num_hidden_layers": 10**6}, "asks for more than 20000 layers"),
     ],
 )
 def test_a_configuration_that_makes_no_backbone_is_told(features, change, words):

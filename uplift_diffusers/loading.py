@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from uplift_diffusers.latent_space import Autoencoder
 from uplift_diffusers.models.autoencoder_local import AutoencoderLocal
@@ -33,6 +35,13 @@ if TYPE_CHECKING:
 
 MAX_CONFIG_NUMBER = 1_000_000
 """Largest number accepted in a network's configuration; larger ones are damage or an attack."""
+
+
+MAX_CONFIG_BYTES = 2**24
+"""Of a file of JSON, which would take seconds to read beyond."""
+
+MAX_LAYERS = 20_000
+"""Modules of a network: a configuration that asks for more would keep the machine busy before its weights are seen."""
 
 
 class LoadingError(OSError):
@@ -172,9 +181,14 @@ def _load_model(
 ) -> Any:
     place = _check_files(path, subfolder, config)
     where = {} if subfolder is None else {"subfolder": subfolder}
+<<<<<<< ours
     with _errors_told(place):
         loaded: Any = kind.from_pretrained(path, use_safetensors=True, output_loading_info=True, **where)
         model, told = loaded
+=======
+    with _errors_told(place), _layers_counted():
+        model, told = kind.from_pretrained(path, use_safetensors=True, output_loading_info=True, **where)
+>>>>>>> theirs
         for keys, fault in (("missing_keys", "lack"), ("unexpected_keys", "have, and the network has not,")):
             if names := sorted(told[keys]):
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -194,7 +208,7 @@ def _load_backbone(path: str | os.PathLike, subfolder: str | None, dtype: torch.
     shows_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        with _errors_told(place):
+        with _errors_told(place), _layers_counted():
             return FeatureBackbone.from_pretrained(path, subfolder=subfolder or "", dtype=dtype).model
     finally:
         if shows_bars:
@@ -229,6 +243,8 @@ def _read_config(path: str | os.PathLike, name: str, subfolder: str | None = Non
     if file is None or not file.is_file():
         return None
     try:
+        if file.stat().st_size > MAX_CONFIG_BYTES:
+            raise ValueError("it is too long")
         content = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise LoadingError(f"{path} cannot be loaded: its {name} is damaged ({reason(error).rstrip('.')}).") from error
@@ -266,6 +282,25 @@ def _errors_told(place: str | os.PathLike) -> Iterator[None]:
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def _layers_counted() -> Iterator[None]:
+    """Within the block ValueError is raised when this thread makes more than `MAX_LAYERS` modules."""
+    thread, count = threading.get_ident(), 0
+
+    def on_module(*_) -> None:
+        nonlocal count
+        if threading.get_ident() == thread:
+            count += 1
+            if count > MAX_LAYERS:
+                raise ValueError(f"its configuration asks for more than {MAX_LAYERS} layers.")
+
+    hook = register_module_module_registration_hook(on_module)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _why(error: BaseException) -> str:

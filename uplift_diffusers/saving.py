@@ -127,6 +127,15 @@ def remove_unfinished(folder: str | Path) -> None:
     _remove_unfinished(os.path.abspath(folder))
 
 
+def remove_own_unfinished() -> None:
+    """
+    Remove what this process has not finished writing. To be called after an interrupt, which may have come between
+    the end of the writing and its cleaning up; not while another thread writes.
+    """
+    for path in list(_in_progress):
+        _remove_partial(path)
+
+
 @functools.cache
 def _remove_unfinished(folder: str) -> None:
     with suppress(OSError):
@@ -161,11 +170,15 @@ def _partial(folder: Path) -> Iterator[Path]:
     try:
         yield path
     finally:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-        _in_progress.discard(path)
+        _remove_partial(path)
+
+
+def _remove_partial(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+    _in_progress.discard(path)
 
 
 def _take_name(partial: Path, path: Path) -> None:

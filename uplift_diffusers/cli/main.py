@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from uplift_diffusers._version import __version__
 from uplift_diffusers.cli import features, fetch, upscale
 from uplift_diffusers.console import CommandError, Parser, tell
+from uplift_diffusers.saving import remove_own_unfinished
 
 PROGRAM = "uplift-diffusers"
 
@@ -62,7 +63,12 @@ def main(arguments: list[str] | None = None) -> int:
                 return _delegate(arguments[0], arguments[1:])
             return _run(arguments)
         except KeyboardInterrupt as interrupt:
+<<<<<<< ours
             tell("Interrupted. The outputs written so far are complete.")
+=======
+            remove_own_unfinished()
+            tell("Interrupted. The outputs written so far are whole.")
+>>>>>>> theirs
             return getattr(interrupt, "exit_code", 130)
 
 

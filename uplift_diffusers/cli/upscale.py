@@ -21,6 +21,7 @@ from uplift_diffusers.cli.arguments import (
 from uplift_diffusers.console import CommandError, as_flags, say, tell
 from uplift_diffusers.embedded import embedded_bundle
 from uplift_diffusers.runtime import choose_device, process_share, sum_over_processes
+from uplift_diffusers.saving import remove_unfinished
 from uplift_diffusers.scale import MAX_SCALE, check_output_size, resolve_scale, scaled_size
 from uplift_diffusers.wording import reason
 
@@ -174,6 +175,8 @@ def upscale(options: argparse.Namespace) -> int:
     num_there = len(tasks) - len(waiting)
     if num_there and not batch:
         raise CommandError(f"{tasks[0].target} exists. Pass --overwrite to replace it.")
+    for folder in {task.target.parent for task in tasks}:  # also where all is there and nothing will be written
+        remove_unfinished(folder)
     for problem in plan.problems if index == 0 else ():
         tell(problem)
     written = 0
