@@ -181,14 +181,9 @@ def _load_model(
 ) -> Any:
     place = _check_files(path, subfolder, config)
     where = {} if subfolder is None else {"subfolder": subfolder}
-<<<<<<< ours
-    with _errors_told(place):
+    with _errors_told(place), _layers_counted():
         loaded: Any = kind.from_pretrained(path, use_safetensors=True, output_loading_info=True, **where)
         model, told = loaded
-=======
-    with _errors_told(place), _layers_counted():
-        model, told = kind.from_pretrained(path, use_safetensors=True, output_loading_info=True, **where)
->>>>>>> theirs
         for keys, fault in (("missing_keys", "lack"), ("unexpected_keys", "have, and the network has not,")):
             if names := sorted(told[keys]):
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.predictive.parts import TinyBackbone, tiny_uplift, write_scenes
 from uplift_diffusers.evaluation.predictive import tasks
@@ -144,7 +146,6 @@ def test_wrong_requests_end_with_one_sentence(task, options, sentence, tmp_path,
 def test_wrong_data_and_upsamplers_end_with_one_sentence(scenes, backbone, tmp_path, capsys):
     for options, sentence in (
         (["--num_classes", 2], "labels of the 2 classes, got the value 2"),
-        (["--num_classes", 2, "--num_workers", 1], "must have labels of the 2 classes, got the value 2."),
         ([], "`num_classes` must be from 1 to 255"),
         (["--num_classes", 3, "--upsamplers", "jafar"], "`upsamplers` must give weights for jafar"),
         (["--num_classes", 3, "--upsamplers", "bilinear=file"], "`weights` must not be given for bilinear"),
@@ -154,6 +155,26 @@ def test_wrong_data_and_upsamplers_end_with_one_sentence(scenes, backbone, tmp_p
         assert sentence in error
         assert error.startswith("`")
         assert "Traceback" not in "".join(progress)
+
+
+def test_a_wrong_label_is_found_before_a_probe_is_trained(backbone, tmp_path, capsys):
+    scenes = write_scenes(tmp_path / "scenes")
+    label = sorted((scenes / "val" / "labels").iterdir())[-1]
+    Image.fromarray(np.full_like(np.array(Image.open(label)), 9)).save(label)
+    assert call("segmentation", tmp_path / "report", *COMMON, *folders(scenes), "--num_classes", 3) == 1
+    assert capsys.readouterr().err.splitlines()[-1].endswith("must have labels of the 3 classes, got the value 9.")
+    assert backbone.seen == []
+
+
+def test_what_a_reading_process_finds_wrong_is_one_sentence(backbone, tmp_path, capsys):
+    scenes = write_scenes(tmp_path / "scenes")
+    label = sorted((scenes / "train" / "labels").iterdir())[0]
+    Image.open(label).crop((0, 0, 20, 20)).save(label)
+    options = [*COMMON, *folders(scenes), "--num_classes", 3, "--num_workers", 1]
+    assert call("segmentation", tmp_path / "report", *options) == 1
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith(f"`{label}` must have the size of its photograph, ")
+    assert "Traceback" not in error
 
 
 def test_a_dino_backbone_is_measured_end_to_end(scenes, tmp_path):

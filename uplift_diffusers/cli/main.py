@@ -63,12 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
                 return _delegate(arguments[0], arguments[1:])
             return _run(arguments)
         except KeyboardInterrupt as interrupt:
-<<<<<<< ours
-            tell("Interrupted. The outputs written so far are complete.")
-=======
             remove_own_unfinished()
-            tell("Interrupted. The outputs written so far are whole.")
->>>>>>> theirs
+            tell("Interrupted. The outputs written so far are complete.")
             return getattr(interrupt, "exit_code", 130)
 
 

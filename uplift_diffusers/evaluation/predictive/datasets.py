@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
 from uplift_diffusers.images.files import find_image_files, open_image
 
@@ -77,6 +78,17 @@ class LabelledImages(Dataset):
 
     def __init__(self, pairs: Sequence[Pair], classes: Classes, *, size: int = IMAGE_SIZE):
         self.pairs, self.classes, self.size = list(pairs), classes, size
+
+    def check_labels(self) -> None:
+        """
+        Read every label, so that a wrong one is found before a probe is trained for hours.
+
+        Raises:
+            ValueError: a value that is no class.
+            OSError: a file cannot be read.
+        """
+        for pair in tqdm(self.pairs, desc="Labels", unit="file", disable=None, dynamic_ncols=True):
+            read_label(pair.target, self.classes)
 
     def __len__(self) -> int:
         return len(self.pairs)

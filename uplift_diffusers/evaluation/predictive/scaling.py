@@ -311,10 +311,12 @@ def _measure_here(workload: Workload, limits: Limits, device: str) -> Measured:
         def timed() -> None:
             seconds.append(_seconds_of(call, device, limits.clock(device)))
 
-        peak = _peak_of(timed, device)
+        # The largest peak: what the system takes back meanwhile of code that lies in memory makes a peak look smaller.
+        peaks = [_peak_of(timed, device)]
         while len(seconds) < limits.repeats and sum(seconds) < ENOUGH_SECONDS:
-            timed()
-    return min(seconds), peak
+            peaks.append(_peak_of(timed, device))
+    known = [peak for peak in peaks if peak is not None]
+    return min(seconds), max(known, default=None)
 
 
 def _seconds_of(call: Callable[[], object], device: str, clock: Callable[[], float]) -> float:
@@ -328,7 +330,7 @@ def _seconds_of(call: Callable[[], object], device: str, clock: Callable[[], flo
 
 
 def _peak_of(call: Callable[[], object], device: str) -> float | None:
-    """Peak bytes in use during the first call, the warm-up, beyond those before it; None if unknown."""
+    """Peak bytes in use during one call, beyond those before it; None if unknown."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

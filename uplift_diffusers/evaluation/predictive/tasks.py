@@ -161,6 +161,7 @@ def open_labels(request: Request) -> tuple[LabelledImages, LabelledImages]:
         parts = [LabelledImages(pairs, classes, size=size) for pairs in _folder_pairs(request, (".png",))]
     for part in parts:
         part.pairs = part.pairs[: request.limit]
+        part.check_labels()
     return parts[0], parts[1]
 
 
