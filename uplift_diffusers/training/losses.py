@@ -20,9 +20,9 @@ class MultiDepthObjective(nn.Module):
     The sum over depths d and steps k of mean((step_k - latents of the image at that size)^2).
 
     For every depth d the model starts from the latents and the image at 1/2^d of the resolution and takes d steps.
-    With `pixel_weight`, the last step of one depth, drawn at random, is also decoded, made consistent with its input
-    as the super-resolution pipeline does, and compared with the image (L1 on [0, 1]). Degraded starting images teach
-    the model to clean them: the targets stay clean.
+    With `pixel_weight`, the last step of one depth, drawn at random, is also decoded and compared with the image (L1
+    on [0, 1]), by default after it was made consistent with its input as the super-resolution pipeline does. Degraded
+    starting images teach the model to clean them: the targets stay clean.
 
     Args:
         model: what is trained.
@@ -31,6 +31,8 @@ class MultiDepthObjective(nn.Module):
         depths: the depths d, each at least 1.
         latent_noise: standard deviation of the noise added to the starting latents, in raw units.
         pixel_weight: weight of the loss in decoded pixels, for a VAE that is cheap to decode.
+        consistent_pixels: take that loss after the consistency step, which gives back the brightness and colours that
+            the latents lack. Off, the latents have to have them.
         degraded_probability: share of the starting images that `degrade` degrades.
         cache: stored latents of that VAE.
     Source: Walmer et al. 2026, section 3.3, equations for L_simple and L_d.
@@ -45,6 +47,7 @@ class MultiDepthObjective(nn.Module):
         depths: tuple[int, ...],
         latent_noise: float,
         pixel_weight: float = 0.0,
+        consistent_pixels: bool = True,
         degraded_probability: float = 0.0,
         cache: LatentCache | None = None,
     ):
@@ -55,6 +58,7 @@ class MultiDepthObjective(nn.Module):
         self.depths = depths
         self.latent_noise = latent_noise
         self.pixel_weight = pixel_weight
+        self.consistent_pixels = consistent_pixels
         self.degraded_probability = degraded_probability
         self.cache = cache
 
@@ -92,9 +96,10 @@ class MultiDepthObjective(nn.Module):
             if depth == decoded_depth:
                 # Not clamped: a gradient must flow back from values beyond the range.
                 decoded = self.codec.decode_sample(steps[-1]).float() / 2 + 0.5
-                consistency = denoise.new_tensor([consistency_for_denoise(d) for d in denoise.tolist()])
-                consistency = consistency[:, None, None, None]
-                losses["pixel"] = F.l1_loss(decoded + consistency * missing_detail(image, decoded), images)
+                if self.consistent_pixels:
+                    consistency = denoise.new_tensor([consistency_for_denoise(d) for d in denoise.tolist()])
+                    decoded = decoded + consistency[:, None, None, None] * missing_detail(image, decoded)
+                losses["pixel"] = F.l1_loss(decoded, images)
         losses["loss"] = sum(value * (self.pixel_weight if name == "pixel" else 1.0) for name, value in losses.items())
         return losses
 

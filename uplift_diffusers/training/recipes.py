@@ -109,7 +109,8 @@ class UpsamplerTrainingConfig(LatentTrainingConfig):
     use_ema: bool = option(False)
     depths: tuple[int, ...] = option((1, 2, 3, 4), "Depths d: from 1/2^d of the resolution in d steps of 2x.")
     latent_noise: float = option(1.0, "Deviation of the noise added to the starting latents, in raw units.")
-    pixel_weight: float = option(0.0, "Weight of the L1 loss between a decoded, consistent last step and the image.")
+    pixel_weight: float = option(0.0, "Weight of the L1 loss between a decoded last step and the image.")
+    consistent_pixels: bool = option(True, "That loss after the consistency step; off where latents are the result.")
     initial_stem: str | None = option(None, "Result of --stage pixels, or an upsampler, whose stem is the first one.")
     degraded_probability: float = option(0.0, "Share of the starting images with JPEG damage, noise or blur.")
 
@@ -145,6 +146,7 @@ class UpsamplerTrainingConfig(LatentTrainingConfig):
             depths=self.depths,
             latent_noise=self.latent_noise,
             pixel_weight=self.pixel_weight,
+            consistent_pixels=self.consistent_pixels,
             degraded_probability=self.degraded_probability,
             cache=cache,
         )
