@@ -251,13 +251,18 @@ def evaluate(options: argparse.Namespace, command: str) -> None:
     autocast = f"{dtype} autocast".removeprefix("torch.")
     description = describe_run(evaluation, command=command, seed=options.seed, processes=1, dtype=autocast)
     write_report(evaluation, results, description, output_dir)
-    print(report_markdown(results, description))
-    print("\nMean squared error of the latents:")
-    for scale, by_method in latent.errors.items():
-        for name in ("bilinear", "reencoded", *folders):
-            values = np.array([by_method[name][item.name] for item in protocol.items])
-            error = bootstrap_mean(values, seed=options.seed)
-            print(f"{scale} {name}: {error.value:.4f} [{error.low:.4f}, {error.high:.4f}], n = {error.samples}")
+    report = report_markdown(results, description)
+    report += "\n## Latents\n\n| | mean squared error, 2x | 4x |\n| --- | --- | --- |\n"
+    for name in ("bilinear", "reencoded", *folders):
+        cells = []
+        for scale in protocol.scales:
+            errors = np.array([latent.errors[f"{scale}x"][name][item.name] for item in protocol.items])
+            mean = bootstrap_mean(errors, seed=options.seed)
+            interval = "" if mean.low is None else f" [{mean.low:.3f}, {mean.high:.3f}]"
+            cells.append(f"{mean.value:.3f}{interval}")
+        report += f"| {name} | {' | '.join(cells)} |\n"
+    write_whole(output_dir / "report.md", report)
+    print(report)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -410,6 +410,7 @@ def test_upsamplers_of_taef2_are_trained_and_measured(taef2_vae, tmp_path, capsy
     names = {"bilinear", "reencoded", "uplift", "nearest", "cfm"}
     assert errors["4x"].keys() == names
     assert len(errors["2x"]["uplift"]) == 2
+    assert "| uplift | 0." in (tmp_path / "report" / "report.md").read_text().partition("## Latents")[2]
     scores = report["results"]["2"]["scores"]
     assert scores.keys() == names | {f"{name}_consistent" for name in names} | {"bicubic", "vae"}
     for name in names:

@@ -1,5 +1,6 @@
 """scripts/export_onnx.py and examples/onnx_upscale.py: the same numbers as PyTorch, without PyTorch."""
 
+import importlib
 import runpy
 import subprocess
 import sys
@@ -63,6 +64,18 @@ def test_the_example_enlarges_a_file_without_torch(bundle, pipe, tmp_path):
     large = np.asarray(Image.open(tmp_path / "large.png"), dtype=int)
     assert large.shape == (100, 150, 3)
     assert np.abs(large - expected).max() <= 1  # a rounding
+
+
+@pytest.mark.slow
+def test_the_benchmark_compares_the_two_and_times_the_start(bundle, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # the other tests keep theirs
+    importlib.import_module("benchmarks.onnx_speed").main([str(bundle), "--sizes", "64", "--repeats", "1"])
+    *_, row, _, start, _ = capsys.readouterr().out.splitlines()
+    size, eager, onnx, _, difference = row.strip("| ").split(" | ")
+    assert size == "64 x 64"
+    assert float(eager.split()[0]) > 0 < float(onnx.split()[0])
+    assert float(difference) <= 1e-5
+    assert start.startswith("Start: ")
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from tests.training_runs import (
 from uplift_diffusers.data.dataset import Crop, Photographs, first_crops
 from uplift_diffusers.data.pyramid import image_pyramid
 from uplift_diffusers.data.sources import FolderSource
+from uplift_diffusers.images.convert import missing_detail
 from uplift_diffusers.latent_space import LatentCodec
 from uplift_diffusers.training import train as training
 from uplift_diffusers.training.checkpoints import list_checkpoints
@@ -49,6 +50,20 @@ def test_loss_is_the_sum_over_depths_and_steps_of_the_papers_terms():
         half_way, twice = model(at_16, image=pyramid[2], num_steps=2, return_steps=True).steps
     expected = sum((a - b).square().mean() for a, b in ((once, at_64), (half_way, at_32), (twice, at_64)))
     torch.testing.assert_close(losses["loss"], expected, rtol=1e-5, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("consistent", [False, True])
+def test_the_term_in_pixels_may_be_taken_before_the_consistency_step(consistent):
+    model = make_model(noise_channels=0).eval()
+    settings = {"latent_noise": 0.0, "pixel_weight": 1.0, "depths": (1,), "consistent_pixels": consistent}
+    objective = make_objective(model, **settings)
+    images = torch.rand(2, 3, 64, 64, generator=seeded())
+    codec, small = LatentCodec(objective.vae, SPACE), image_pyramid(images, 1)[1]
+    decoded = codec.decode_sample(model(codec.encode(small), image=small, num_steps=1).sample) / 2 + 0.5
+    expected = decoded + missing_detail(small, decoded) if consistent else decoded
+    pixel = objective(images, generator=seeded())["pixel"]
+    torch.testing.assert_close(pixel, (expected - images).abs().mean(), rtol=1e-5, atol=0)
 
 
 def test_noise_lands_in_the_starting_latents_and_never_in_targets():

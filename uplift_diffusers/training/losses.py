@@ -18,9 +18,9 @@ class MultiDepthObjective(nn.Module):
     The sum over depths d and steps k of mean((step_k - latents of the image at that size)^2).
 
     For every depth d the model starts from the latents and the image at 1/2^d of the resolution and takes d steps.
-    With `pixel_weight`, the last step of one random depth is also decoded, made consistent with its input
-    as in the super-resolution pipeline, and compared with the image (L1 on [0, 1]). With degraded inputs, the model
-    learns to restore them, because the targets stay clean.
+    With `pixel_weight`, the last step of one random depth is also decoded and compared with the image (L1 on [0, 1]), by
+    default after the consistency step of the super-resolution pipeline. With degraded inputs, the model learns to restore
+    them, because the targets stay clean.
 
     Args:
         model: the trained model.
@@ -29,6 +29,8 @@ class MultiDepthObjective(nn.Module):
         depths: the depths d, each at least 1.
         latent_noise: standard deviation of the noise added to the starting latents, in raw units.
         pixel_weight: weight of the loss in decoded pixels, for a VAE that is cheap to decode.
+        consistent_pixels: compute that loss after the consistency step, which restores the brightness and colours that
+            the latents lack; without it, the latents have to contain them.
         degraded_probability: share of the input images that are degraded with `degrade`.
         cache: stored latents of that VAE.
     Source: Walmer et al. 2026, section 3.3, equations for L_simple and L_d.
@@ -43,6 +45,7 @@ class MultiDepthObjective(nn.Module):
         depths: tuple[int, ...],
         latent_noise: float,
         pixel_weight: float = 0.0,
+        consistent_pixels: bool = True,
         degraded_probability: float = 0.0,
         cache: LatentCache | None = None,
     ):
@@ -53,6 +56,7 @@ class MultiDepthObjective(nn.Module):
         self.depths = depths
         self.latent_noise = latent_noise
         self.pixel_weight = pixel_weight
+        self.consistent_pixels = consistent_pixels
         self.degraded_probability = degraded_probability
         self.cache = cache
 
@@ -89,9 +93,10 @@ class MultiDepthObjective(nn.Module):
             if depth == decoded_depth:
                 # Not clamped: a gradient must flow back from values beyond the range.
                 decoded = self.codec.decode_sample(steps[-1]).float() / 2 + 0.5
-                consistency = denoise.new_tensor([consistency_for_denoise(d) for d in denoise.tolist()])
-                consistency = consistency[:, None, None, None]
-                losses["pixel"] = F.l1_loss(decoded + consistency * missing_detail(image, decoded), images)
+                if self.consistent_pixels:
+                    consistency = denoise.new_tensor([consistency_for_denoise(d) for d in denoise.tolist()])
+                    decoded = decoded + consistency[:, None, None, None] * missing_detail(image, decoded)
+                losses["pixel"] = F.l1_loss(decoded, images)
         weighted = [value * (self.pixel_weight if name == "pixel" else 1.0) for name, value in losses.items()]
         losses["loss"] = sum(weighted, start=torch.zeros(()))
         return losses
