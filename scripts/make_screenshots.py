@@ -20,6 +20,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, running_demo(Path(folder)) as demo, running_browser() as browser:
         for tab, (example, label) in PICTURES.items():
             visitor = Visitor(browser, demo, width=WIDTH, height=HEIGHT, tab=tab)
+            visitor.page.set_default_timeout(600_000)
             visitor.choose(ROOT / "examples" / example)
             visitor.press(tab)
             visitor.pixels(label)
