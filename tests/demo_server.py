@@ -92,7 +92,7 @@ def _heed_signals() -> None:
 
 
 def _wait_until_ready(demo: Demo) -> None:
-    end = time.monotonic() + 180
+    end = time.monotonic() + 600
     while time.monotonic() < end and demo.process.poll() is None:
         try:
             httpx.get(demo.url, timeout=5)

@@ -18,9 +18,9 @@ class MultiDepthObjective(nn.Module):
     The sum over depths d and steps k of mean((step_k - latents of the image at that size)^2).
 
     For every depth d the model starts from the latents and the image at 1/2^d of the resolution and takes d steps.
-    With `pixel_weight`, the last step of one random depth is also decoded and compared with the image (L1 on [0, 1]), by
-    default after the consistency step of the super-resolution pipeline. With degraded inputs, the model learns to restore
-    them, because the targets stay clean.
+    With `pixel_weight`, the last step of one random depth is also decoded and compared with the image (L1 on [0, 1]),
+    by default after the consistency step of the super-resolution pipeline. With degraded inputs, the model learns to
+    restore them, because the targets stay clean.
 
     Args:
         model: the trained model.

@@ -111,9 +111,7 @@ class UpsamplerTrainingConfig(LatentTrainingConfig):
     depths: tuple[int, ...] = option((1, 2, 3, 4), "Depths d: from 1/2^d of the resolution in d steps of 2x.")
     latent_noise: float = option(1.0, "Standard deviation of the noise added to the input latents, in raw units.")
     pixel_weight: float = option(0.0, "Weight of the L1 loss between the decoded last step and the image.")
-    consistent_pixels: bool = option(
-        True, "Compute that loss after the consistency step; off if latents are the result."
-    )
+    consistent_pixels: bool = option(True, "That loss after the consistency step; off if latents are the result.")
     initial_stem: str | None = option(None, "Result of --stage pixels, or an upsampler, for its stem.")
     pretrained_model: str | None = option(None, "A trained upsampler for these latents to start from.")
     degraded_probability: float = option(0.0, "Share of the input images with JPEG artefacts, noise or blur.")
