@@ -12,7 +12,7 @@ from tests.demo_server import ROOT, Visitor, running_browser, running_demo
 PICTURES = {"Enlarge": ("cat.png", "After"), "Compare": ("coffee.jpg", "UPLiFT")}
 """By tab: the example, and the label of the last picture that appears."""
 
-WIDTH, HEIGHT = 1200, 720
+WIDTH, HEIGHT = 1200, 790
 
 
 def main() -> None:
