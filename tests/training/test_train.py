@@ -108,15 +108,6 @@ def test_degraded_inputs_reach_the_model_with_their_strength_and_targets_stay_cl
     torch.testing.assert_close(losses["loss"], (step - target).square().mean())
 
 
-def test_a_model_without_the_channel_is_not_told_how_much_there_is_to_clean(monkeypatch):
-    model = make_model(noise_channels=0).eval()
-    objective = make_objective(model, pixel_weight=0.0, depths=(1,), degraded_probability=1.0)
-    seen = []
-    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
-    objective(torch.rand(2, 3, 64, 64), generator=seeded())
-    assert "denoise" not in seen[0]
-
-
 def test_the_encoder_and_the_vae_see_each_image_size_once_a_step():
     model = make_model()
     objective = make_objective(model, depths=(1, 2, 3), pixel_weight=0.0)
