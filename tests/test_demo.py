@@ -412,7 +412,7 @@ def test_every_bad_value_is_answered_with_a_sentence(demo):
     prompt = ["a cat", "", 2, 7.5, "1", 2, 0, "somebody/else"]
     wanted = ["scale", 2, model, True, 0, 1]
     cases = [
-        ("enlarge", [None, *wanted], "Choose a image first."),
+        ("enlarge", [None, *wanted], "Choose an image first."),
         ("enlarge", [[foreign], "scale", None, *wanted[2:]], "`amount` must be a number, got None."),
         ("enlarge", [[foreign], "scale", "2", *wanted[2:]], "`amount` must be a number, got '2'."),
         ("enlarge", [[foreign], "scale", [2], *wanted[2:]], "`amount` must be a number, got [2]."),
@@ -444,8 +444,12 @@ def test_every_bad_value_is_answered_with_a_sentence(demo):
     [
         ("scale", 0.5, "`scale` must be from 1 to 16, got 0.5."),
         ("width", 90.5, "`width` must be a whole number, got 90.5."),
-        ("width", 20, "A width of 20 pixels are asked for of an image of 40 x 24 pixels, which is less than it has."),
-        ("megapixels", 12, "12 megapixels are asked for of an image of 40 x 24 pixels, which is more than 16 times"),
+        (
+            "width",
+            20,
+            "A width of 20 pixels requested for an image of 40 x 24 pixels, which is smaller than the image.",
+        ),
+        ("megapixels", 12, "12 megapixels requested for an image of 40 x 24 pixels, which is more than 16 times"),
     ],
 )
 def test_a_size_that_cannot_be_is_answered_with_a_sentence(client, tmp_path, by, amount, sentence):
