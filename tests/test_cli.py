@@ -567,7 +567,7 @@ def test_an_interrupt_in_the_midst_of_cleaning_up_leaves_nothing(upscale, tmp_pa
     monkeypatch.setattr(saving, "_remove_partial", interrupted_once)
     source = save(picture(), tmp_path / "photos" / "a.png")
     assert upscale(source, "--output", f"{tmp_path}/large/") == 130
-    assert error_line(capsys) == "Interrupted. The outputs written so far are whole."
+    assert error_line(capsys) == "Interrupted. The outputs written so far are complete."
     assert files_below(tmp_path / "large") == ["a.png"]
 
 
@@ -932,7 +932,7 @@ def test_an_interrupted_training_says_so_in_one_line(capsys, monkeypatch):
 
     monkeypatch.setattr(train, "main", lambda arguments: signal.raise_signal(signal.SIGTERM))
     assert main(["train"]) == 143
-    assert error_line(capsys) == "Interrupted. The outputs written so far are whole."
+    assert error_line(capsys) == "Interrupted. The outputs written so far are complete."
 
 
 def test_version_is_that_of_the_package(capsys):

@@ -242,7 +242,7 @@ IMAGE, LATENTS = smooth_images(1, 16, 16), torch.zeros(1, 4, 4, 4)
         ({"latents": torch.full((1, 4, 4, 4), torch.inf)}, ValueError, "`latents` must be finite"),
         ({"image": IMAGE, "scale": 17}, ValueError, "`scale` must be from 1 to 16, got 17"),
         ({"image": IMAGE, "scale": "2"}, TypeError, "`scale` must be a number, got str"),
-        ({"image": IMAGE, "scale": 1.7, "output_type": "latent"}, ValueError, "multiples of 8 where latents.*got 1.7"),
+        ({"image": IMAGE, "scale": 1.7, "output_type": "latent"}, ValueError, "multiples of 8 for latents.*got 1.7"),
         (
             {"image": IMAGE, "num_inference_steps": 0},
             ValueError,

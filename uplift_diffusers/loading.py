@@ -323,7 +323,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _check_part(path: str | os.PathLike, index: dict, part: str, *, kind: str) -> None:
     """Raise LoadingError unless the index of a pipeline, which should be a `kind`, names a class for `part`."""
     if part not in index:
-        raise LoadingError(f"{path} must be a {kind}, got a {index.get('_class_name')} without {part}.")
+        raise LoadingError(f"{path} must be a {kind}, got {index.get('_class_name')} without {part}.")
     entry = index[part]
     if entry == [None, None]:
         raise LoadingError(f"{path} was saved without its {part}. Name a --{part}.")
