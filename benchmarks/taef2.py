@@ -115,17 +115,19 @@ def freeze_attender(model: nn.Module) -> None:
 
 
 def train(arguments: list[str], *, nearest: bool) -> int:
-    """`train_latent.py` with these arguments."""
-    if nearest:
-        make_task = UpsamplerTrainingConfig.make_task
+    """`train_latent.py` with these arguments; `nearest` freezes the attender of what it makes."""
+    make_task = UpsamplerTrainingConfig.make_task
 
-        def make_ablated_task(self, *inputs, **settings):
-            task = make_task(self, *inputs, **settings)
-            freeze_attender(task.model)
-            return task
+    def make_ablated_task(self, *inputs, **settings):
+        task = make_task(self, *inputs, **settings)
+        freeze_attender(task.model)
+        return task
 
-        UpsamplerTrainingConfig.make_task = make_ablated_task
-    return training.main(arguments)
+    try:
+        UpsamplerTrainingConfig.make_task = make_ablated_task if nearest else make_task
+        return training.main(arguments)
+    finally:
+        UpsamplerTrainingConfig.make_task = make_task
 
 
 class LatentMethods:

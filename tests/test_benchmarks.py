@@ -390,7 +390,7 @@ def test_upsamplers_of_taef2_are_trained_and_measured(taef2_vae, tmp_path, capsy
     model.save_pretrained(tmp_path / "other")
     settings = ["--recipe", "embedded", "--vae", str(tmp_path / "vae"), "--train_data_dir", str(photographs)]
     settings += ["--resolution", "32", "--train_batch_size", "1", "--max_train_steps", "1", "--depths", "1"]
-    settings += ["--mixed_precision", "no"]  # a process has one precision, and other tests have that
+    settings += ["--mixed_precision", "no"]  # the other trainings of this process have the same
     stem = ["--latent_space", "flux2-vae", "--initial_stem", str(tmp_path / "other")]
     for name, flags in (("uplift", stem), ("nearest", ["--nearest", *stem]), ("cfm", ["--method", "cfm"])):
         assert taef2.main(["train", *flags, *settings, "--output_dir", str(tmp_path / name)]) == 0
