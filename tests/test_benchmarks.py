@@ -246,8 +246,7 @@ def test_new_upsamplers_start_from_the_stem_and_a_fitted_linear_part():
     assert torch.equal(nearest.attender(guide, values), source.attender(guide, values))
 
 
-def test_trials_train_and_are_measured(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # the other tests keep theirs
+def test_trials_train_and_are_measured(tmp_path, capsys):
     photographs = make_photographs(tmp_path / "photographs")
     pipe = UPLiFTSuperResolutionPipeline(make_local_vae(), make_embedded_upsampler())
     pipe.save_pretrained(tmp_path / "pipe")
@@ -328,8 +327,7 @@ def test_two_kills_of_a_folder_job_and_one_of_a_training_leave_no_trace():
     assert all("0 half, 0 wrong, 0 left, 0 exit code" in line for line in lines)
 
 
-def test_latents_between_powers_of_two_are_compared(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+def test_latents_between_powers_of_two_are_compared(tmp_path, capsys):
     pipe = UPLiFTSuperResolutionPipeline(make_local_vae(), make_embedded_upsampler())
     pipe.save_pretrained(tmp_path / "pipe")
     photo = tmp_path / "photo.png"

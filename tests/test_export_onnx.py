@@ -67,8 +67,7 @@ def test_the_example_enlarges_a_file_without_torch(bundle, pipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_benchmark_compares_the_two_and_times_the_start(bundle, capsys, monkeypatch):
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # the other tests keep theirs
+def test_the_benchmark_compares_the_two_and_times_the_start(bundle, capsys):
     importlib.import_module("benchmarks.onnx_speed").main([str(bundle), "--sizes", "64", "--repeats", "1"])
     *_, row, _, start, _ = capsys.readouterr().out.splitlines()
     size, eager, onnx, _, difference = row.strip("| ").split(" | ")
