@@ -33,10 +33,13 @@ from PIL import Image
 from uplift_diffusers import embedded_bundle
 from uplift_diffusers.demo import jobs as demo_jobs
 from uplift_diffusers.demo.jobs import JobQueue
-from uplift_diffusers.demo.work import SEED, enlarge_files
+from uplift_diffusers.demo.work import SEED, Enlargement, enlarge_files
 from uplift_diffusers.loading import load_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = (True, 0, 1)
+"""Of `/enlarge`: automatic denoising, its strength otherwise, consistency."""
+
 SMALL, HOSTILE, LARGE = (48, 32), (1024, 768), (2400, 1600)
 """Sizes of pictures in pixels: of visitors, of the hostile one, and of the one that is cancelled."""
 
@@ -101,7 +104,14 @@ def beside_a_hostile_one(url: str, seconds: float, seed: int) -> bool:
                 visitor = Visitor(url, HOSTILE_ADDRESS, name=f"hostile {number} {turn}")
                 kind = (number + turn) % 4
                 if kind == 0:
-                    answers.append(str(visitor.call([[visitor.upload("a.png", os.urandom(5_000_000))], 2, MODEL])))
+                    noise = visitor.upload("a.png", os.urandom(5_000_000))
+                    answers.append(str(visitor.call([[noise], "scale", 2, MODEL, *SETTINGS])))
+                        str(
+                            visitor.call(
+                                [[visitor.upload("a.png", os.urandom(5_000_000))], "scale", 2, MODEL, *SETTINGS]
+                            )
+                        )
+                    )
                 elif kind == 1:
                     answers.append(str(visitor.call([None, [1e999], {"a": "<b>" * 10_000}])))
                 else:
@@ -138,7 +148,8 @@ def cancel_everywhere(place: Path, count: int, seed: int) -> bool:
     stages: list[str] = []
 
     def work(job):
-        return enlarge_files(job, [source], pipeline=pipeline, scale=2, max_pixels=64_000_000)
+        wanted = Enlargement("scale", 2)
+        return enlarge_files(job, [source], pipeline=pipeline, wanted=wanted, max_pixels=64_000_000)
 
     async def measure(moment: float | None) -> tuple[float, float, str]:
         """Seconds until the next job begins and until all work has ended, in wall-clock and processor time."""
@@ -209,7 +220,7 @@ class Visitor:
         """The result, or what else was answered."""
         buffer = io.BytesIO()
         image.save(buffer, "PNG", compress_level=1)
-        answer = self.call([[self.upload("photo.png", buffer.getvalue())], 2, MODEL])
+        answer = self.call([[self.upload("photo.png", buffer.getvalue())], "scale", 2, MODEL, *SETTINGS])
         if not isinstance(answer, list):
             return answer
         data = self._http.get(f"/file={answer[2]['path']}").content

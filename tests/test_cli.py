@@ -383,9 +383,9 @@ def test_a_launched_job_is_split_over_its_processes_and_summed_up_once(upscale, 
         timeout=300,
     )
     assert result.returncode == 1, result.stderr
-    # Gloo of torch 2.8 prints its connections to stdout.
-    printed = [line for line in result.stdout.splitlines() if not line.startswith("[Gloo]")]
-    assert printed == ["3 written, 1 already there, 1 skipped"]
+    # Not all of stdout: Gloo of torch 2.8 prints its connections to it.
+    assert result.stdout.count("3 written, 1 already there, 1 skipped\n") == 1
+    assert result.stdout.count("written") == 1
     assert result.stderr.count(f"{photos / 'c.png'}: not an image") == 1
     assert files_below(tmp_path / "both") == ["a.png", "b.png", "d.jpg", "e.png"]
     for name in ("a.png", "b.png", "d.jpg"):

@@ -232,7 +232,7 @@ def test_json_of_any_shape_in_a_pipeline_of_features_is_told(features, name, con
     ("change", "words"),
     [
         ({"hidden_size": 10**9}, "has the implausible number 1e+09"),
-        ({"layer_norm_eps": [1]}, "cannot be loaded"),
+        ({"hidden_act": "none-such"}, "cannot be loaded"),
         ({"model_type": "vit"}, "must hold a model of type dinov2"),
         ({"auto_map": {"AutoConfig": "evil.Evil"}, "model_type": "evil"}, "cannot be loaded"),
         ({"hidden_size": 48}, "must be"),
