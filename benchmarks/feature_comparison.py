@@ -1,9 +1,9 @@
 """
-UPLiFT, LiFT, JAFAR and AnyUp, trained here for the same features: do they drift, and what do probes read in them?
+Train UPLiFT, LiFT, JAFAR and AnyUp for the same features, and measure drift and the accuracy of probes.
 
     python -m benchmarks.feature_comparison --backbone effnet16 --head scale_head.safetensors \\
         --photographs photos/train CamVid/train --data_dir CamVid --output_dir report
-    python -m benchmarks.feature_comparison ... --seeds 1 --drift_steps 3 --no_report    # a part of the work
+    python -m benchmarks.feature_comparison ... --seeds 1 --drift_steps 3 --no_report    # part of the work
 
 `--backbone` is what `FeatureBackbone.from_pretrained` takes, `--head` a fixed 1x1 convolution of its features, for a
 backbone whose own channels change too much with the size of the image.

@@ -1,16 +1,15 @@
 """
-Hostile input of three kinds: python -m benchmarks.fuzz --part files --count 20000 --seconds 300 --seed 0
+Fuzzing with hostile input: python -m benchmarks.fuzz --part files --count 20000 --seconds 300 --seed 0
 
-- files: pictures of every format that is read, with some bytes changed, moved, repeated or cut off. Each is opened,
-  and if that succeeds a small part of it is saved. What may happen is a picture, or an OSError or ValueError of one
-  line.
-- models: folders of saved pipelines with damage, see `fuzz_models`. What may happen is a pipeline, or one sentence.
-- commands: command lines of `uplift-diffusers`, see `fuzz_commands`. What may happen is an exit code that `--help`
-  names, and for what is not even begun one line on stderr. `processes` are the same, each in a process of its own with
-  an odd environment too, which takes ten times as long.
+- files: images of every supported format, with some bytes changed, moved, repeated or cut off. Each is opened, and if
+  that succeeds, a small part is saved. Expected: an image, or an OSError or ValueError with a one-line message.
+- models: damaged folders of saved pipelines, see `fuzz_models`. Expected: a pipeline, or one sentence.
+- commands: command lines of `uplift-diffusers`, see `fuzz_commands`. Expected: an exit code listed in `--help`, and
+  one line on stderr if nothing was started. `processes` runs each in a separate process with an unusual environment,
+  which takes ten times as long.
 
-Every case is made from its seed alone: `--seed N --count 1` repeats one. Other exceptions, more than ten seconds of
-work, code that ran, processes started and crashes of the interpreter are counted and their seeds printed.
+Each case depends only on its seed: `--seed N --count 1` repeats one. Other exceptions, more than ten seconds of work,
+executed code, started processes and crashes of the interpreter are counted, and their seeds printed.
 """
 
 import argparse

@@ -1,11 +1,11 @@
 """
 Kills at random moments: python -m benchmarks.kills --folders 75 --trainings 25 --seconds 1800 --seed 0
 
-A folder job or a training is started in a process of its own and gets a signal (SIGKILL, SIGTERM, SIGHUP, SIGINT) at
-a random moment: while it starts, anywhere in its time, or just after a file has appeared. The same command is given
-again, several kills for one job, and left alone at last. Counted are, after every kill, outputs that are neither
-whole nor what was there before (`half`) and files that a process which could clean up has left behind (`left`); and
-at the end outputs that differ from those of an undisturbed run (`wrong`) and files that nobody asked for (`left`).
+A folder job or a training is started in a separate process and gets a signal (SIGKILL, SIGTERM, SIGHUP, SIGINT) at a
+random moment: during start-up, at any time, or just after a file has appeared. The same command is run again, with
+several kills per job, and finally runs to the end. Counted after every kill: outputs that are neither complete nor
+unchanged (`half`), and files left behind by a process that could have cleaned up (`left`). Counted at the end: outputs
+that differ from those of an uninterrupted run (`wrong`), and unexpected files (`left`).
 """
 
 import argparse
@@ -242,7 +242,7 @@ def _run_and_kill(arguments: list[str], output: Path, sent: int, moment: Iterato
 
 
 def _run(arguments: list[str]) -> float:
-    """Run a command that is left alone; returns how many seconds it takes."""
+    """Run a command to the end; returns its duration in seconds."""
     begun, process = time.monotonic(), _start(arguments)
     process.join(MAX_WAITING_S)
     if process.exitcode != 0:

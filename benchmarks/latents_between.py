@@ -1,11 +1,11 @@
 """
-What latents at a scale between powers of two decode to, and what other ways to get them cost.
+PSNR of decoded latents at a scale between powers of two, compared with other ways to obtain them.
 
     python -m benchmarks.latents_between
     python -m benchmarks.latents_between --scale 3 --model runs/pipeline examples/coffee.jpg
 
-Each picture, whole but for what does not divide, is reduced by the scale (antialiased bicubic), enlarged again, and
-compared with itself: PSNR in dB.
+Each image, cropped to a multiple of the scale, is downsampled (antialiased bicubic), upscaled again and compared with
+the original: PSNR in dB.
 """
 
 import argparse

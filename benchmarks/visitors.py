@@ -1,13 +1,13 @@
 """
 The demo with many visitors, and with a hostile one: python -m benchmarks.visitors --visitors 20 --seed 0
 
-1. `app.py` is started with the embedded model. All visitors upload pictures of their own at once; each has to get what
-   the pipeline makes of it, to the bit.
-2. One address floods it: more jobs than may wait, under many names, pictures as large as they may be, files that are
-   none, bad values, ever again. Meanwhile a visitor at another address asks for small pictures. What is measured is
-   how much longer each takes than the longest of the hostile jobs and its own job, alone, together.
-3. In this process: a large picture is cancelled at moments spread over all of its time. What is measured is how long
-   it takes until the next job begins, and until nothing of the cancelled one is at work any more.
+1. `app.py` is started with the embedded model. All visitors upload different images at once; each has to get exactly
+   the pipeline's result for it.
+2. One address floods the demo: more jobs than may wait, under many names, large images, files that are not images, and
+   bad values. Meanwhile, a visitor at another address requests small images. Measured: how much longer each takes than
+   the longest hostile job plus its own job on an idle demo.
+3. In this process, a large image is cancelled at moments spread over its whole duration. Measured: the time until the
+   next job starts, and until all work on the cancelled one has ended.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def all_at_once(url: str, count: int, seed: int) -> bool:
 def beside_a_hostile_one(url: str, seconds: float, seed: int) -> bool:
     """Whether a visitor waits at most for one job of the hostile one, and two seconds."""
     small, large = picture(SMALL, seed), picture(HOSTILE, seed)
-    alone = _timed(lambda: Visitor(url, ADDRESS).enlarge(small))
+    idle = _timed(lambda: Visitor(url, ADDRESS).enlarge(small))
     longest = _timed(lambda: Visitor(url, HOSTILE_ADDRESS).enlarge(large))
     end = time.monotonic() + seconds
     answers: list[str] = []
@@ -119,11 +119,12 @@ def beside_a_hostile_one(url: str, seconds: float, seed: int) -> bool:
         time.sleep(min(5, seconds / 4))
         while time.monotonic() < end:
             taken = _timed(lambda: Visitor(url, ADDRESS).enlarge(small))
-            delays.append(taken - alone - longest)
+            delays.append(taken - idle - longest)
     kinds = {kind: sum(kind in answer for answer in answers) for kind in ("a picture", "jobs from your network")}
     print(
-        f"A small picture takes {alone:.2f} s alone and a hostile one {longest:.2f} s. Beside {len(answers)} hostile "
-        f"requests ({kinds['a picture']} enlarged, {kinds['jobs from your network']} refused as too many) "
+        f"A small picture takes {idle:.2f} s on an idle demo and a hostile one {longest:.2f} s. "
+        f"Beside {len(answers)} hostile requests ({kinds['a picture']} enlarged, "
+        f"{kinds['jobs from your network']} refused as too many) "
         f"{len(delays)} small ones took at most {max(delays):+.2f} s more than both together, "
         f"{np.median(delays):+.2f} s in the middle",
         flush=True,

@@ -36,12 +36,11 @@ if TYPE_CHECKING:
 MAX_CONFIG_NUMBER = 1_000_000
 """Largest number accepted in a network's configuration; larger ones are damage or an attack."""
 
-
 MAX_CONFIG_BYTES = 2**24
-"""Of a file of JSON, which would take seconds to read beyond."""
+"""Largest JSON file accepted; larger ones take seconds to parse."""
 
 MAX_LAYERS = 20_000
-"""Modules of a network: a configuration that asks for more would keep the machine busy before its weights are seen."""
+"""Most modules accepted in a network. More would take minutes to construct, before the weights are checked."""
 
 
 class LoadingError(OSError):
@@ -94,18 +93,18 @@ def load_feature_pipeline(
     dtype: torch.dtype = torch.float32,
 ) -> "UPLiFTFeaturePipeline":
     """
-    Load a pipeline of features, from local folders or the hub. Weights are read from safetensors only.
+    Load a feature pipeline from local folders or the hub. Weights are read from safetensors only.
 
     Args:
-        model: a saved UPLiFTFeaturePipeline; None with `backbone` and `upsampler`.
-        backbone: a vision transformer that [`FeatureBackbone`] takes.
+        model: a saved UPLiFTFeaturePipeline; if None, `backbone` and `upsampler` are loaded instead.
+        backbone: a vision transformer supported by [`FeatureBackbone`].
         upsampler: a UPLiFTModel for its features.
-        feature_space: the name of the features, where the backbone's configuration does not say it.
-        dtype: of the weights.
+        feature_space: name of the feature space, if the backbone's configuration does not determine it.
+        dtype: dtype of the weights.
     Returns:
         The pipeline, on the CPU.
     Raises:
-        LoadingError: something of it is missing, damaged, of another kind or out of reach.
+        LoadingError: a part is missing, damaged, of another class, or cannot be reached.
         ImportError: transformers is not installed.
     """
     from uplift_diffusers.pipelines.features import UPLiFTFeaturePipeline
@@ -281,7 +280,7 @@ def _errors_told(place: str | os.PathLike) -> Iterator[None]:
 
 @contextmanager
 def _layers_counted() -> Iterator[None]:
-    """Within the block ValueError is raised when this thread makes more than `MAX_LAYERS` modules."""
+    """Raise ValueError if this thread creates more than `MAX_LAYERS` modules in the block."""
     thread, count = threading.get_ident(), 0
 
     def on_module(*_) -> None:

@@ -29,7 +29,7 @@ SIZES = {
     "long_side": ("to a long side", "Pixels", 3840),
     "megapixels": ("to a number of pixels", "Megapixels", 12),
 }
-"""How to say how large a picture becomes, by its name in `resolve_scale`: its label, the amount's, a first amount."""
+"""Ways to give the output size, by argument of `resolve_scale`: label, label of the amount, initial amount."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ def enlarge_tab(jobs: JobQueue, models: Models, limits: Limits, examples: Sequen
             by: what `amount` is: scale, width, height, long_side or megapixels.
             amount: the scale, from 1 to 16, or a size that determines it: pixels or megapixels of the results.
             model: one of the models that the server offers.
-            auto_denoise: clean JPEGs by their quality and leave other files as they are, whatever denoise says.
-            denoise: from 0 to 1, how much compression and noise is taken away.
-            consistency: from 0 to 1, how closely the results, reduced, are the originals.
+            auto_denoise: denoise JPEGs according to their quality and other files not at all; ignores denoise.
+            denoise: from 0 to 1: how much of the compression artefacts and noise is removed.
+            consistency: from 0 to 1: how closely the downsampled results match the originals.
         Returns:
             Before and after of the first image; all results; the result, or a zip of several; figures as HTML.
         """

@@ -45,11 +45,11 @@ class Pane:
 @dataclass(frozen=True)
 class Enlargement:
     """
-    How to enlarge.
+    The settings of an upscaling job.
 
     Args:
         by: what `amount` is: "scale", "width", "height", "long_side" or "megapixels", as in [`resolve_scale`].
-        amount: how large.
+        amount: the scale, or a size in pixels or megapixels.
         denoise, consistency: see [`UPLiFTSuperResolutionPipeline`].
     """
 
@@ -59,7 +59,7 @@ class Enlargement:
     consistency: float = 1.0
 
     def scale_of(self, image: Image.Image) -> float:
-        """For one picture. Raises ValueError where it would have to shrink, or to grow more than 16 times."""
+        """The scale for one image. Raises ValueError if it is below 1 or above 16."""
         whole = int(self.amount) if self.by != "megapixels" and self.amount == int(self.amount) else self.amount
         size: dict[str, Any] = {self.by: whole}
         return resolve_scale((image.height, image.width), **size)
@@ -300,7 +300,7 @@ def save_for_browser(image: Image.Image, path: Path) -> None:
 
 
 def _open(job: Job, source: Path, wanted: Enlargement, *, max_pixels: int) -> tuple[OpenedImage, float]:
-    """The picture, and its scale."""
+    """The opened image and its scale."""
     opened = plan_saving(job.aside(open_image, source), ".png")
     scale = wanted.scale_of(opened.image)
     check_output_size((opened.image.height, opened.image.width), scale, max_pixels=max_pixels)
