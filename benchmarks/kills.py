@@ -260,7 +260,7 @@ def _start(arguments: list[str]) -> multiprocessing.Process:
 
 def _command(arguments: list[str]) -> None:
     for number in SIGNALS[1:]:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
     with open(os.devnull, "w") as nowhere:
         sys.stdout = sys.stderr = nowhere
         os._exit(uplift_diffusers(arguments))

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ import uplift_diffusers
 from tests.hub_server import HubServer, point_at
 from uplift_diffusers import AutoencoderLocal, UPLiFTModel, UPLiFTSuperResolutionPipeline, __version__, loading, saving
 from uplift_diffusers.cli import upscale as upscale_module
-from uplift_diffusers.cli.main import DELEGATES, main
+from uplift_diffusers.cli.main import DELEGATES, Interrupts, main
 
 UPSAMPLER = {
     "encoder_patch_size": 4,
@@ -340,8 +341,9 @@ def test_nothing_below_a_folder_is_passed_over_in_silence(upscale, tmp_path, cap
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", scan)
-    assert upscale(photos, "--output", tmp_path / "large") == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", scan)
+        assert upscale(photos, "--output", tmp_path / "large") == 1
     output = capsys.readouterr()
     assert output.out == "1 written, 4 skipped\n"
     *lines, last = output.err.splitlines()
@@ -933,6 +935,29 @@ def test_an_interrupted_training_says_so_in_one_line(capsys, monkeypatch):
     monkeypatch.setattr(train, "main", lambda arguments: signal.raise_signal(signal.SIGTERM))
     assert main(["train"]) == 143
     assert error_line(capsys) == "Interrupted. The outputs written so far are complete."
+
+
+def test_an_interrupt_that_a_library_turned_into_an_error_is_an_interrupt(capsys, monkeypatch):
+    from uplift_diffusers.training import train
+
+    def fail(arguments):
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        return 2
+
+    monkeypatch.setattr(train, "main", fail)
+    assert main(["train"]) == 143
+    assert error_line(capsys) == "Interrupted. The outputs written so far are complete."
+
+
+def test_an_interrupt_after_the_work_does_nothing():
+    interrupts = Interrupts()
+    with interrupts.caught():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        interrupts.is_running = False
+        signal.raise_signal(signal.SIGTERM)
+    assert interrupts.received == [signal.SIGTERM, signal.SIGTERM]
 
 
 def test_version_is_that_of_the_package(capsys):

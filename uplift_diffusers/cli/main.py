@@ -46,26 +46,57 @@ DELEGATES = {
 }
 
 
-class InterruptedBySignal(KeyboardInterrupt):
-    """SIGTERM or SIGHUP, which end a command like Ctrl-C."""
+class Interrupts:
+    """
+    The signals that end a command: Ctrl-C, SIGTERM and SIGHUP. Each raises KeyboardInterrupt while the command runs.
 
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.exit_code = 128 + number
+    `received` holds their numbers, as some libraries turn the exception into an error of their own.
+    """
+
+    def __init__(self):
+        self.received: list[int] = []
+        self.is_running = True
+
+    def __call__(self, number, frame) -> None:
+        self.received.append(number)
+        if self.is_running:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Receive signals in the block, in the main thread only."""
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        if threading.current_thread() is not threading.main_thread():
+            numbers = []
+        # What is ignored, as SIGHUP under nohup, stays ignored.
+        usual = (signal.SIG_DFL, signal.default_int_handler)
+        previous = {number: handler for number in numbers if (handler := signal.getsignal(number)) in usual}
+        for number in previous:
+            signal.signal(number, self)
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line, by default that of the process, and return its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    with _signals_interrupt():
+    interrupts = Interrupts()
+    with interrupts.caught():
         try:
-            if arguments and arguments[0] in DELEGATES:
-                return _delegate(arguments[0], arguments[1:])
-            return _run(arguments)
-        except KeyboardInterrupt as interrupt:
+            code = _delegate(arguments) if arguments and arguments[0] in DELEGATES else _run(arguments)
+            interrupts.is_running = False
+        except KeyboardInterrupt:
+            interrupts.is_running = False
+            code = 128 + signal.SIGINT
+        if code and interrupts.received:
+            code = 128 + interrupts.received[0]
+        if code > 128:
             remove_own_unfinished()
             tell("Interrupted. The outputs written so far are complete.")
-            return getattr(interrupt, "exit_code", 130)
+        return code
 
 
 def _run(arguments: list[str]) -> int:
@@ -81,7 +112,8 @@ def _run(arguments: list[str]) -> int:
         return 2
 
 
-def _delegate(name: str, arguments: list[str]) -> int:
+def _delegate(arguments: list[str]) -> int:
+    name, *arguments = arguments
     command = DELEGATES[name]
     try:
         module = importlib.import_module(command.module)
@@ -119,24 +151,3 @@ def _build_parser() -> argparse.ArgumentParser:
     for name, command in DELEGATES.items():
         commands.add_parser(name, help=command.purpose, add_help=False)
     return parser
-
-
-@contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP raise an exception in the block, like Ctrl-C, so partial files are removed."""
-
-    def interrupt(number, frame):
-        raise InterruptedBySignal(number)
-
-    numbers = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
-    if threading.current_thread() is not threading.main_thread():
-        numbers = []
-    # What is ignored, as SIGHUP under nohup, stays ignored.
-    previous = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) == signal.SIG_DFL}
-    for number in previous:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
