@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook
+from diffusers.hooks.group_offloading import ModuleGroup
 
 from tests import components
 from tests.components import seeded, smooth_images
@@ -53,6 +55,42 @@ def test_group_offloading_changes_nothing(name):
     expected = run(model)
     model.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
     torch.testing.assert_close(run(model), expected, rtol=0, atol=1e-5)
+
+
+# What the pipelines call, which does not go through `forward`.
+PIECEWISE = {
+    "upsampler": lambda model, device: upsample_tiled(
+        model, torch.zeros(1, 4, 16, 8, device=device), image=torch.zeros(1, 3, 128, 64, device=device), tile_size=64
+    ),
+    "autoencoder": lambda model, device: list(model.decode_strips(torch.zeros(1, 12, 4, 6, device=device))),
+}
+
+
+@both
+def test_a_model_that_is_offloaded_is_moved_to_its_device_for_tiles_and_strips(name):
+    model = CASES[name][0]()
+    cpu_offload_with_hook(model, execution_device="meta")  # any device but the CPU
+    assert model.device.type == "cpu"
+    PIECEWISE[name](model, "meta")
+    assert model.device.type == "meta"
+
+
+@both
+def test_a_model_that_is_offloaded_in_blocks_has_every_weight_for_tiles_and_strips(name, monkeypatch):
+    model, loaded = CASES[name][0](), set()
+    load = ModuleGroup.onload_
+
+    def watched(group):
+        loaded.update(*(module.parameters() for module in group.modules), group.parameters)
+        load(group)
+
+    monkeypatch.setattr(ModuleGroup, "onload_", watched)
+    model.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+    PIECEWISE[name](model, "cpu")
+    if name == "autoencoder":
+        with torch.no_grad():
+            model.encode(torch.zeros(1, 3, 32, 48))
+    assert loaded == set(model.parameters())
 
 
 def test_a_float16_vae_that_overflows_while_it_is_offloaded_in_groups_is_refused():

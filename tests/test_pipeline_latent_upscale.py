@@ -246,6 +246,16 @@ def test_it_is_made_from_any_pipeline_with_the_same_vae_and_gives_its_components
     assert StableDiffusionPipeline.from_pipe(whole).vae is sd.vae
 
 
+@pytest.mark.parametrize(
+    ("scale", "output_type", "expected"),
+    [(2, "pt", 2), (2, "latent", 1), (1.5, "latent", 2), (4, "latent", 2), (1, "latent", 0)],
+)
+def test_progress_reaches_its_total(pipe, scale, output_type, expected):
+    calls = []
+    call(pipe, output_type, scale=scale, callback_on_progress=lambda *parts: calls.append(parts))
+    assert calls == [(done, expected) for done in range(1, expected + 1)]
+
+
 @pytest.mark.parametrize(("offload", "options"), components.OFFLOADS)
 def test_offloading_gives_the_same_image(offload, options):
     expected = call(make_pipeline().to(components.DEVICE))

@@ -689,6 +689,9 @@ def test_progress_of_the_stage_is_told_and_can_end_the_work(pipe):
     calls = []
     call(pipe, callback_on_progress=lambda *parts: calls.append(parts))
     assert calls == [(1, 2), (2, 2)]
+    calls.clear()
+    call(pipe, output_type="latent", callback_on_progress=lambda *parts: calls.append(parts))
+    assert calls == [(1, 1)]  # nothing is decoded
 
     def stop(done, total):
         raise InterruptedError

@@ -67,7 +67,7 @@ def load_pipeline(
     Raises:
         LoadingError: a part is missing, damaged, of another kind or cannot be reached.
     """
-    index = _read_config(model, "model_index.json")
+    index = read_config(model, "model_index.json")
     subfolder = None
     if index is None and vae is None:
         raise LoadingError(f"{model} is not a pipeline. If it is a UPLiFTModel, name a --vae.")
@@ -112,7 +112,7 @@ def load_feature_pipeline(
     places: dict[str, tuple[Any, str | None]] = {"backbone": (backbone, None), "upsampler": (upsampler, None)}
     normalization = None
     if model is not None:
-        index = _read_config(model, "model_index.json")
+        index = read_config(model, "model_index.json")
         if index is None:
             raise LoadingError(f"{model} is not a pipeline.")
         for part in places:
@@ -137,9 +137,9 @@ def load_vae(path: str | os.PathLike, *, dtype: torch.dtype = torch.float32) -> 
     Raises:
         LoadingError: there is no VAE, it is damaged, or it cannot be reached.
     """
-    config, subfolder = _read_config(path, "config.json"), None
+    config, subfolder = read_config(path, "config.json"), None
     if config is None:
-        config, subfolder = _read_config(path, "config.json", "vae"), "vae"
+        config, subfolder = read_config(path, "config.json", "vae"), "vae"
     if config is None:
         raise LoadingError(f"{path} must be a VAE or hold one in a folder vae, got neither.")
     name = config.get("_class_name")
@@ -164,7 +164,7 @@ def load_upsampler(
     Raises:
         LoadingError: there is no model, it is damaged, or it cannot be reached.
     """
-    config = _read_config(path, "config.json", subfolder)
+    config = read_config(path, "config.json", subfolder)
     if config is not None:
         if config.get("_class_name", UPLiFTModel.__name__) != UPLiFTModel.__name__:
             raise LoadingError(f"{path} must be a UPLiFTModel, got the class {config['_class_name']!r}.")
@@ -195,7 +195,7 @@ def _load_backbone(path: str | os.PathLike, subfolder: str | None, dtype: torch.
 
     from uplift_diffusers.feature_space import FeatureBackbone
 
-    config = _read_config(path, "config.json", subfolder)
+    config = read_config(path, "config.json", subfolder)
     if config is None:
         raise LoadingError(f"{path} must have a file {subfolder + '/' if subfolder else ''}config.json, got none.")
     place = _check_files(path, subfolder, config)
@@ -224,7 +224,7 @@ def _check_files(path: str | os.PathLike, subfolder: str | None, config: dict) -
     return place
 
 
-def _read_config(path: str | os.PathLike, name: str, subfolder: str | None = None) -> dict | None:
+def read_config(path: str | os.PathLike, name: str, subfolder: str | None = None) -> dict | None:
     """The JSON object in a file of a folder or repository; None if there is no such file."""
     if not os.path.exists(path):
         file = _fetch(path, name, subfolder)

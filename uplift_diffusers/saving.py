@@ -85,10 +85,8 @@ def folder_when_whole(path: str | Path, *, overwrite: bool = False) -> Iterator[
             partial.mkdir()
             yield partial
             for place, _, names in os.walk(partial):
-                for name in names:
-                    with open(Path(place, name), "rb") as file:
-                        os.fsync(file.fileno())
-                sync(Path(place))
+                for name in (*names, "."):
+                    sync(Path(place, name))
             with _partial(path.parent) as previous:  # removed once the new one is in its place
                 if replaces:
                     os.rename(path, previous)
@@ -211,7 +209,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Sync renames in `folder` to disk, if the system supports it."""
+    """Sync a file, or the renames in a folder if the system supports that, to disk."""
     is_folder = path.is_dir()
     with suppress(OSError) if is_folder else nullcontext():
         descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)

@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import is_compiled_module
 from torch.utils._pytree import tree_map
 
@@ -223,6 +224,7 @@ def iterate_tiles(
         return result
 
     def compute() -> Iterator[tuple[Window, torch.Tensor]]:
+        _load_offloaded(model)
         noise = list(model.draw_noise(raw_latents, num_steps, generator))
         for tile in tiles:
             with torch.no_grad():  # not around the yield, where it would reach into the caller
@@ -230,6 +232,11 @@ def iterate_tiles(
             yield tile.finer(2**num_steps), sample
 
     return compute()
+
+
+@apply_forward_hook
+def _load_offloaded(model: "UPLiFTModel") -> None:
+    """Move a model that is offloaded as a whole to its device, which its `forward` would do: tiles go past that."""
 
 
 def step_halos(model: "UPLiFTModel", num_steps: int) -> list[int]:

@@ -12,7 +12,8 @@ from torchvision.transforms.functional import to_pil_image
 
 from tests.components import make_flow_unet, make_upsampler, make_vae, seeded
 from tests.evaluation.parts import make_pipeline, save_photographs
-from uplift_diffusers import UPLiFTSuperResolutionPipeline
+from tests.hub_server import HubServer, point_at
+from uplift_diffusers import CFMLatentUpscalePipeline, LatentSpace, UPLiFTSuperResolutionPipeline
 from uplift_diffusers.evaluation.cost import measure_cost
 from uplift_diffusers.evaluation.methods import (
     Method,
@@ -268,6 +269,19 @@ def test_networks_for_other_latents_are_refused(tmp_path):
     make_upsampler("test-local", latent_channels=12).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="`upsampler` must have been trained for the VAE's latents"):
         load_pipeline(str(tmp_path), vae=make_vae())
+
+
+def test_networks_on_the_hub_are_loaded_like_those_in_folders(tmp_path, monkeypatch, pipeline):
+    vae = pipeline.vae
+    repositories = {"me/network": pipeline.upsampler, "me/flow": make_flow_unet(LatentSpace.of(vae))}
+    for name, network in repositories.items():
+        network.save_pretrained(tmp_path / "hub" / name)
+    with HubServer(tmp_path / "hub") as server:
+        point_at(monkeypatch, server.url, tmp_path / "cache")
+        loaded = [type(load_pipeline(name, vae=vae)) for name in repositories]
+        with pytest.raises(OSError, match="has no such repository"):
+            load_pipeline("me/nothing", vae=vae)
+    assert loaded == [UPLiFTSuperResolutionPipeline, CFMLatentUpscalePipeline]
 
 
 def test_stages_are_timed_apart_and_add_up(photographs, pipeline):

@@ -1,6 +1,7 @@
 """The command: reports of every task, nothing measured twice, and one sentence for what a person can put right."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from tests.predictive.parts import TinyBackbone, tiny_uplift, write_scenes
 from uplift_diffusers.evaluation.predictive import tasks
 from uplift_diffusers.evaluation.predictive.evaluate import main
+from uplift_diffusers.evaluation.predictive.peers import PEERS
 from uplift_diffusers.evaluation.predictive.scaling import count_flop
 
 
@@ -49,6 +51,14 @@ def report(folder):
 
 
 COMMON = ("--backbone", "tiny", "--image_size", 48, "--epochs", 2, "--learning_rate", 1e-2)
+
+
+def test_the_help_names_no_trained_upliftmodel_like_a_peer(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    names = re.findall(r"(\w+)=runs/", capsys.readouterr().out)
+    assert len(names) > 1
+    assert not PEERS.keys() & set(names)  # whose published tensors would be looked for in its folder
 
 
 @pytest.mark.parametrize("task", ["segmentation", "drift", "depth"])

@@ -15,7 +15,7 @@ from uplift_diffusers.cfm import UNETS, FlowMatchingObjective, enlarge, euler_sc
 from uplift_diffusers.data.pyramid import image_pyramid
 from uplift_diffusers.latent_space import LatentCodec, LatentSpace
 from uplift_diffusers.training import monitoring
-from uplift_diffusers.training.recipes import RECIPES, EmbeddedCFMTrainingConfig
+from uplift_diffusers.training.recipes import RECIPES, EmbeddedCFMTrainingConfig, parse_recipe
 from uplift_diffusers.training.train import main, train
 
 CASES = [(recipe, method) for recipe, methods in RECIPES.items() for method in methods]
@@ -87,6 +87,15 @@ def test_a_flow_matching_network_comes_out_that_enlarges_and_was_measured(folder
     assert images.shape == (1, 3, 64, 96)
     with pytest.raises(ValueError, match="trained for 'test', got 'other'"):
         CFMLatentUpscalePipeline(make_vae(), unet, euler_scheduler(), latent_space="other")
+
+
+@pytest.mark.parametrize("options", [*({"method": method} for method in RECIPES["embedded"]), {"stage": "pixels"}])
+def test_a_task_has_its_model_on_the_device_that_it_is_opened_for(folder, options):
+    flags = {"recipe": "embedded", "train_data_dir": folder / "photographs", "output_dir": "run", **options}
+    flags |= {"resolution": 64} | ({} if "stage" in options else {"vae": folder / "vae"})
+    config, _ = parse_recipe([str(part) for name, value in flags.items() for part in (f"--{name}", value)])
+    with config.open_task(torch.device("meta")) as task:  # any device but the CPU
+        assert {parameter.device.type for parameter in task.model.parameters()} == {"meta"}
 
 
 def test_training_lowers_the_loss_of_flow_matching(folder, tmp_path):

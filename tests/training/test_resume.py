@@ -174,6 +174,23 @@ def test_two_processes_log_each_loss_under_its_own_name(photographs, tmp_path):
         assert record["pixel"] < 0.6 * record["loss_d2"]  # equal where they were mixed
 
 
+def test_two_processes_train_a_model_with_weights_that_no_loss_depends_on(photographs, tmp_path):
+    settings = {
+        "model": {"image_residual": True, "noise_channels": 0},  # fitted for steps that are not trained, too
+        "objective": {"latent_noise": 0.0, "pixel_weight": 0.0},
+        "max_train_steps": 3,
+        "gradient_accumulation_steps": 2,
+    }
+    processes = start_distributed_training(2, photographs, tmp_path / "two", train_batch_size=1, **settings)
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    two, new = load_file(tmp_path / "two" / RESULT), make_model(**settings["model"]).state_dict()
+    unused = "estimator.convs.1px.weight"
+    assert torch.equal(two[unused], new[unused])
+    assert not torch.equal(two["estimator.convs.2px.weight"], new["estimator.convs.2px.weight"])
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A function that makes a disk of so many bytes at a folder and returns it."""

@@ -99,7 +99,7 @@ def _tasks_below(source: Path, folder: Path, plan: Plan) -> list[Task]:
     inside_itself = folder.resolve() != source.resolve()  # an output folder below its input is no input
     found = find_image_files(source, leave_out=folder if inside_itself else None)
     if not found.files and not found.problems:
-        raise CommandError(f"{source}: no images in this folder. ")
+        raise CommandError(f"{source}: no images in this folder.")
     plan.problems += [f"{path}: {problem}" for path, problem in found.problems]
     plan.left_out.update(found.left_out)
     return [Task(file, _in_output_format(folder / file.relative_to(source))) for file in found.files]

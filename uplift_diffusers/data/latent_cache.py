@@ -22,7 +22,7 @@ SHARD_BYTES = 32 * 2**20
 
 class LatentCache:
     """
-    `LatentSpace.encode` with a memory on disk.
+    `LatentCodec.encode` with a memory on disk.
 
     An entry's key is the SHA-256 of its image's pixels. So crops, flips and every level of a pyramid have entries of
     their own, and a photograph that was changed is encoded again. Everything else that latents depend on (the VAE's

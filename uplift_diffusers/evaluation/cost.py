@@ -1,15 +1,13 @@
 """Cost of an output: seconds per stage, and memory."""
 
-import ctypes
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from uplift_diffusers.evaluation.meters import peak_of, seconds_of
 from uplift_diffusers.evaluation.methods import Method
 from uplift_diffusers.evaluation.protocols import Sample
 
@@ -46,10 +44,10 @@ def measure_cost(method: Method, sample: Sample, *, repeats: int, device: torch.
     calls = []
     with _stopwatch(method.vaes, device) as stages:
         method(sample)
-        peak = _peak_of(lambda: method(sample), device)
+        peak = peak_of(lambda: method(sample), device)
         for _ in range(repeats):
             stages.update(encode=0.0, decode=0.0)
-            seconds = _seconds_of(lambda: method(sample), device)
+            seconds = seconds_of(lambda: method(sample), device)
             calls.append((seconds, stages["encode"], seconds - sum(stages.values()), stages["decode"]))
     seconds, encode, upsample, decode = (statistics.median(column) for column in zip(*calls, strict=True))
     return Cost(sample.size[0], seconds, encode, upsample, decode, peak)
@@ -63,7 +61,7 @@ def _stopwatch(vaes: list[torch.nn.Module], device: torch.device) -> Iterator[di
     def timed(name: str, function: Callable) -> Callable:
         def call(*args, **kwargs):
             results = []
-            stages[name] += _seconds_of(lambda: results.append(function(*args, **kwargs)), device)
+            stages[name] += seconds_of(lambda: results.append(function(*args, **kwargs)), device)
             return results[0]
 
         return call
@@ -90,46 +88,3 @@ def _stopwatch(vaes: list[torch.nn.Module], device: torch.device) -> Iterator[di
     finally:
         for vae, name in replaced:
             delattr(vae, name)
-
-
-def _seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    call()
-    _synchronize(device)
-    return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
-
-def _peak_of(call: Callable[[], object], device: torch.device) -> int | None:
-    """Peak bytes in use by `call` beyond those before it: in the allocator on CUDA, in the process on Linux."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        return torch.cuda.max_memory_allocated(device) - before
-    if device.type != "cpu" or not _reset_peak_memory():
-        call()
-        return None
-    before = _status_bytes("VmRSS")
-    call()
-    return max(_status_bytes("VmHWM") - before, 0)
-
-
-def _reset_peak_memory() -> bool:
-    """Return freed memory to the system and reset the kernel's peak counter. False if that fails."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):  # another system than Linux with the GNU library, or not allowed to
-        return False
-    return True
-
-
-def _status_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024

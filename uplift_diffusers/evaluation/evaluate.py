@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uplift_diffusers import runtime
 from uplift_diffusers.console import Parser, in_one_line, say, tell
 from uplift_diffusers.embedded import embedded_bundle
 
@@ -299,16 +300,10 @@ def choose_device(name: str, state: "PartialState") -> "torch.device":
     Raises:
         ValueError: PyTorch does not find the device, or several processes would share one accelerator.
     """
-    import torch
-
     own: Any = state.device
     if name == "auto":
         return own
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta" is a device, but nothing can be computed there
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"`device` must be auto, cpu or a device that PyTorch finds here, got {name!r}.") from error
+    device = runtime.choose_device(name)
     if device.index is None and device.type == own.type:
         return own
     if device.type != "cpu" and state.num_processes > 1:

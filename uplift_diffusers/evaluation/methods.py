@@ -26,6 +26,7 @@ from uplift_diffusers.evaluation.records import digest, digest_bytes, digest_con
 from uplift_diffusers.images.convert import resize
 from uplift_diffusers.images.files import find_image_files, open_image
 from uplift_diffusers.latent_space import Autoencoder, LatentCodec, LatentSpace
+from uplift_diffusers.loading import read_config
 from uplift_diffusers.models.interpolation import interpolate_latents
 from uplift_diffusers.models.upsampler import UPLiFTModel
 from uplift_diffusers.pipelines.cfm_latent_upscale import CFMLatentUpscalePipeline
@@ -361,19 +362,12 @@ def load_pipeline(
         OSError, ValueError, TypeError: there is neither, or the network was trained for other latents.
     """
     options = {"use_safetensors": True, **dtype_option(dtype)}
-    if Path(path, DiffusionPipeline.config_name).is_file():
+    if read_config(path, DiffusionPipeline.config_name) is not None:
         return _load_saved_pipeline(path, trust_remote_code=trust_remote_code, **options)
-    if not Path(path).exists():
-        try:
-            return _load_saved_pipeline(path, trust_remote_code=trust_remote_code, **options)
-        except OSError as error:
-            raise FileNotFoundError(
-                f"{path!r} must be a folder or a repository on the hub that can be reached, got neither."
-            ) from error
     if vae is None:
         raise ValueError(f"{path!r} must be a pipeline with a VAE, got a network or something else.")
-    config = Path(path, "config.json")
-    if config.is_file() and json.loads(config.read_text()).get("_class_name") == UNet2DModel.__name__:
+    config = read_config(path, UNet2DModel.config_name) or {}
+    if config.get("_class_name") == UNet2DModel.__name__:
         unet = UNet2DModel.from_pretrained(path, **options)
         return CFMLatentUpscalePipeline(vae, unet, euler_scheduler(), latent_space=latent_space)
     upsampler = UPLiFTModel.from_pretrained(path, **options)

@@ -113,6 +113,8 @@ class AutoencoderLocal(ModelMixin, AutoencoderMixin, ConfigMixin):
     spatial_factor = 8
     _no_split_modules = ["ResidualBlock"]  # noqa: RUF012 - lists, as diffusers has them
     _repeated_blocks = ["ResidualBlock"]  # noqa: RUF012
+    # Each by itself, because `encode` and `decode` do not go through `forward`.
+    _group_offload_block_modules = ["linear_encoder", "encoder", "linear_decoder", "decoder"]  # noqa: RUF012
 
     @register_to_config
     def __init__(
@@ -198,6 +200,7 @@ class AutoencoderLocal(ModelMixin, AutoencoderMixin, ConfigMixin):
         """The number of strips that `decode_strips` gives for latents of `size` (h, w)."""
         return len(self._tiles(size))
 
+    @apply_forward_hook
     def decode_strips(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         """
         The output of `decode` in strips of rows, from top to bottom, to avoid holding a large image in memory.

@@ -137,6 +137,12 @@ def _convert_name(name: str, reference: dict[str, torch.Tensor]) -> str:
 
 def check_state_dict(converted: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     """Raise ValueError unless names and shapes are exactly `expected`; the message names the first differences."""
+    if problems := name_differences(converted, expected):
+        raise ValueError(f"The checkpoint does not fit `config`: {problems}.")
+
+
+def name_differences(converted: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> str:
+    """The first three differences in names and shapes of tensors, and the number of further ones; empty for none."""
     shapes = {name: tuple(tensor.shape) for name, tensor in converted.items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     problems = [f"no {name}" for name in wanted if name not in shapes]
@@ -146,6 +152,5 @@ def check_state_dict(converted: dict[str, torch.Tensor], expected: dict[str, tor
         for name in wanted
         if shapes.get(name, wanted[name]) != wanted[name]
     ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"The checkpoint does not fit `config`: {'; '.join(problems[:3])}{more}.")
+    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return "; ".join(problems[:3]) + more

@@ -278,6 +278,8 @@ class UPLiFTModel(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ConvGroup"]  # noqa: RUF012 - lists, as diffusers has them
     _repeated_blocks = ["ConvBlock"]  # noqa: RUF012
+    # Each by itself, because tiles do not go through `forward`.
+    _group_offload_block_modules = ["stem", "encoder", "decoder", "attender", "proj_out", "refiner", "estimator"]  # noqa: RUF012
 
     @register_to_config
     def __init__(

@@ -38,7 +38,8 @@ class CFMLatentUpscalePipeline(DiffusionPipeline):
     square of the image's area.
 
     Args:
-        vae ([`AutoencoderKL`], [`AutoencoderTiny`], [`AutoencoderDC`] or [`AutoencoderLocal`]): encodes and decodes.
+        vae ([`AutoencoderKL`], [`AutoencoderKLFlux2`], [`AutoencoderTiny`], [`AutoencoderDC`], [`AutoencoderLocal`],
+            [`AutoencoderKLQwenImage`] or [`AutoencoderKLWan`]): encodes and decodes.
         unet ([`UNet2DModel`]): trained for the VAE's latents by `train_latent.py --method cfm`.
         scheduler ([`FlowMatchEulerDiscreteScheduler`]): with `invert_sigmas=True`, so time goes from 0 to 1.
         latent_space (`str`, *optional*): which latent space the VAE's latents belong to, if its config

@@ -136,7 +136,11 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
         size = self._check_inputs(latents, guide, generator, height=height, width=width)
         latent_size = (size[0] // space.spatial_factor, size[1] // space.spatial_factor)
         ndim = 4 if latents is None else latents.ndim
-        parts = count_parts(codec, size, num_steps=num_steps, tile_size=tile_size)
+        patch = PACKING if ndim == 3 else 1
+        rows, columns = scaled_size((latent_size[0] // patch, latent_size[1] // patch), scale)
+        wanted = (rows * patch, columns * patch)  # of the result, in latents
+        decodes = output_type != "latent" or wanted != scaled_size(latent_size, 2**num_steps)
+        parts = count_parts(codec, size, num_steps=num_steps, tile_size=tile_size, decodes=decodes)
         progress = Progress(callback_on_progress, parts)
 
         try:
@@ -172,10 +176,7 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
                 "progress": progress,
             }
             if output_type == "latent":
-                patch = PACKING if ndim == 3 else 1
-                rows, columns = scaled_size((latent_size[0] // patch, latent_size[1] // patch), scale)
-                wanted = (rows * patch, columns * patch)
-                if wanted != size_of(raw_latents):
+                if decodes:
                     large = decode_to_scale(raw_latents, scale=2**num_steps, **decoding)
                     size_px = (wanted[0] * space.spatial_factor, wanted[1] * space.spatial_factor)
                     raw_latents = codec.encode(resize(large, size_px))

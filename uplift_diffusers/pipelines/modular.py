@@ -69,14 +69,13 @@ class UPLiFTLatentUpscaleStep(ModularPipelineBlocks):
         stage = UPLiFTLatentUpscalePipeline(
             vae=components.vae, upsampler=components.upsampler, latent_space=components.config.latent_space
         )
-        latents = block_state.latents
         block_state.latents = stage(
-            latents=latents,
+            latents=block_state.latents,
             scale=block_state.scale,
             generator=block_state.generator,
             adain_factor=block_state.adain_factor,
             output_type="latent",
             return_dict=False,
-        )[0].to(latents.dtype)
+        )[0]
         self.set_block_state(state, block_state)
         return components, state

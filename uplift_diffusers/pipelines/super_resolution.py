@@ -38,7 +38,8 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
     Upscales images: encodes, upsamples the latents 2x per step with the image as guide, decodes.
 
     Args:
-        vae ([`AutoencoderKL`], [`AutoencoderTiny`], [`AutoencoderDC`] or [`AutoencoderLocal`]): encodes and decodes.
+        vae ([`AutoencoderKL`], [`AutoencoderKLFlux2`], [`AutoencoderTiny`], [`AutoencoderDC`], [`AutoencoderLocal`],
+            [`AutoencoderKLQwenImage`] or [`AutoencoderKLWan`]): encodes and decodes.
         upsampler ([`UPLiFTModel`]): trained for the VAE's latents.
         latent_space (`str`, *optional*): which latent space the VAE's latents belong to, if its config
             does not determine it (see [`LatentSpace`]).

@@ -208,7 +208,8 @@ class UPLiFTTextToImagePipeline(StableDiffusionPipeline):
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
         )
-        parts = count_parts(codec, size, num_steps=num_steps, tile_size=tile_size)
+        decodes = output_type != "latent"
+        parts = count_parts(codec, size, num_steps=num_steps, tile_size=tile_size, decodes=decodes)
         progress = Progress(callback_on_progress, parts)
         num_denoising_steps = len(timesteps or sigmas or []) or num_inference_steps
         check_refine_strength(refine_strength, num_inference_steps=num_denoising_steps, channels=space.channels)

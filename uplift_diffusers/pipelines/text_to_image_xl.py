@@ -238,7 +238,8 @@ class UPLiFTTextToImageXLPipeline(StableDiffusionXLPipeline):
             raise ValueError(
                 f"`denoising_end` must be None, because noisy latents cannot be upsampled, got {denoising_end}."
             )
-        parts = count_parts(codec, size, num_steps=num_steps, tile_size=tile_size)
+        decodes = output_type != "latent"
+        parts = count_parts(codec, size, num_steps=num_steps, tile_size=tile_size, decodes=decodes)
         progress = Progress(callback_on_progress, parts)
         num_denoising_steps = len(timesteps or sigmas or []) or num_inference_steps
         check_refine_strength(refine_strength, num_inference_steps=num_denoising_steps, channels=space.channels)

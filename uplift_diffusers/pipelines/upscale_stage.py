@@ -104,18 +104,21 @@ class Progress:
             self.callback(self.done, self.total)
 
 
-def count_parts(codec: LatentCodec, size: tuple[int, int], *, num_steps: int, tile_size: TileSize) -> int:
+def count_parts(
+    codec: LatentCodec, size: tuple[int, int], *, num_steps: int, tile_size: TileSize, decodes: bool = True
+) -> int:
     """
     The number of times `upscale_raw_latents` and `decode_strips_to_scale` advance a `Progress` for one batch.
 
     Args:
         size: (height, width) in pixels of the image, multiples of the spatial factor.
+        decodes: whether the latents are decoded.
     """
     factor = codec.space.spatial_factor
     latents = (size[0] // factor, size[1] // factor)
     num_tiles = sum(map(len, split_into_tiles(latents, _edge(latents, factor, read_tile_size(tile_size)))))
     large = (latents[0] * 2**num_steps, latents[1] * 2**num_steps)
-    return num_tiles * num_steps + codec.count_strips(large)
+    return num_tiles * num_steps + (codec.count_strips(large) if decodes else 0)
 
 
 def upscale_raw_latents(

@@ -143,7 +143,8 @@ class TrainingConfig:
             )
         if self.report_to not in ("tensorboard", "wandb", "none"):
             raise ValueError(f"`report_to` must be tensorboard, wandb or none, got {self.report_to!r}.")
-        schedules = [kind.value for kind in SchedulerType]
+        # All but the one that takes rules of its own.
+        schedules = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
         if self.lr_scheduler not in schedules:
             raise ValueError(f"`lr_scheduler` must be one of {', '.join(schedules)}, got {self.lr_scheduler!r}.")
         if not self.max_reduction >= 1:

@@ -22,13 +22,8 @@ from uplift_diffusers.models.upsampler import UPLiFTModel
 from uplift_diffusers.pipelines.features import principal_components
 from uplift_diffusers.scale import size_of
 from uplift_diffusers.training.config import Task, TrainingConfig, option, parse_choices, parse_config
-from uplift_diffusers.training.monitoring import Validation
+from uplift_diffusers.training.monitoring import ROWS, VALIDATION_BATCH, VALIDATION_DEPTHS, Validation, picture_of
 from uplift_diffusers.training.train import run, run_command
-
-VALIDATION_DEPTHS = (1, 2)
-VALIDATION_BATCH = 4
-VALIDATION_ROWS = 4
-"""Rows in the image of a validation."""
 
 UpsampleFeatures = Callable[[torch.Tensor, torch.Tensor, tuple[int, int]], torch.Tensor]
 """(features, image, size) -> features: (B, C, h, w) and (B, 3, H, W) in [0, 1] to (B, C, *size)."""
@@ -386,13 +381,11 @@ class FeatureValidation:
                     for name, measured in (("cosine", cosine), ("mse", mse)):
                         key = f"val_{name}{kind}_{2**depth}x"
                         sums[key] = sums.get(key, 0.0) + measured.sum().item()
-            if len(rows) < VALIDATION_ROWS:
+            if len(rows) < ROWS:
                 colours = principal_components(target)
                 rows += torch.cat([colours(values) for values in (bilinear, predicted, target)], dim=3).clamp(0, 1)
-        picture = torch.cat(rows[:VALIDATION_ROWS], dim=1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
-        enlarged = Image.fromarray(picture).resize(
-            (8 * picture.shape[1], 8 * picture.shape[0]), Image.Resampling.NEAREST
-        )
+        picture = picture_of(rows[:ROWS])
+        enlarged = picture.resize((8 * picture.width, 8 * picture.height), Image.Resampling.NEAREST)
         figures = {name: total / self.num_photographs for name, total in sums.items()}
         return Validation(figures, {"bilinear-prediction-target": enlarged})
 

@@ -19,7 +19,7 @@ from uplift_diffusers.images.compression import denoise_for_quality
 from uplift_diffusers.models.blocks import ConvGroup, start_at_zero
 from uplift_diffusers.models.upsampler import UPLiFTModel, network_input
 from uplift_diffusers.training.losses import psnr_from_mse
-from uplift_diffusers.training.monitoring import VALIDATION_BATCH, Validation, picture_of, validation_crops
+from uplift_diffusers.training.monitoring import ROWS, VALIDATION_BATCH, Validation, picture_of, validation_crops
 
 SCALES = (2, 4)
 
@@ -136,13 +136,10 @@ class PixelValidation:
         model: the model to measure.
         folder: searched recursively.
         jpeg_qualities: Pillow's qualities of JPEG inputs.
-        rows: rows in the image.
     """
 
-    def __init__(
-        self, model: PixelStageModel, folder: str | Path, *, jpeg_qualities: tuple[int, ...] = (), rows: int = 4
-    ):
-        self.model, self.jpeg_qualities, self.rows = model, jpeg_qualities, rows
+    def __init__(self, model: PixelStageModel, folder: str | Path, *, jpeg_qualities: tuple[int, ...] = ()):
+        self.model, self.jpeg_qualities = model, jpeg_qualities
         self.images = validation_crops(folder)
 
     @torch.no_grad()
@@ -157,12 +154,12 @@ class PixelValidation:
                 for quality in self.jpeg_qualities:
                     compressed, strength = through_jpeg(small, quality=quality), denoise_for_quality(quality)
                     self._measure(f"val_psnr_{scale}x_jpeg{quality}", compressed, target, scale, strength, sums)
-            if len(rows) < self.rows:
+            if len(rows) < ROWS:
                 size = target.shape[2:]
                 bicubic = F.interpolate(small, size=size, mode="bicubic").clamp(0, 1)
                 rows += torch.cat([F.interpolate(small, size=size), bicubic, enlarged, target], dim=3)
         figures = {name: total / len(self.images) for name, total in sums.items()}
-        return Validation(figures, {"input-bicubic-prediction-target": picture_of(rows[: self.rows])})
+        return Validation(figures, {"input-bicubic-prediction-target": picture_of(rows[:ROWS])})
 
     def _measure(
         self,

@@ -73,7 +73,9 @@ class LatentTrainingConfig(TrainingConfig):
         space = LatentSpace.of(vae, self.latent_space)
         cache = LatentCache(self.latent_cache_dir, vae, space) if self.latent_cache_dir is not None else nullcontext()
         with cache as opened:
-            yield self.make_task(vae, space, cache=opened)
+            task = self.make_task(vae, space, cache=opened)
+            task.objective.to(device)  # and so the model, before it is fitted to crops that are there
+            yield task
 
     def make_task(self, vae: Autoencoder, space: LatentSpace, *, cache: LatentCache | None = None) -> Task:
         """A new model for the latents of `vae`, and its objective."""
@@ -333,7 +335,8 @@ class PixelTrainingConfig(TrainingConfig):
     @contextmanager
     def open_task(self, device: torch.device) -> Iterator[Task]:
         """A new stem with its two heads."""
-        model = PixelStageModel(stem_channels=self.stem_channels, stem_layers=self.stem_layers)
+        model: Any = PixelStageModel(stem_channels=self.stem_channels, stem_layers=self.stem_layers)
+        model.to(device)
         objective = PixelObjective(model, batch_4x=self.batch_4x, degraded_probability=self.degraded_probability)
         validate = None
         if self.validation_data_dir is not None:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import (
+    DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     is_tensorboard_available,
@@ -337,12 +338,14 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     # The other processes wait while one validates or saves, for longer than the ten minutes that NCCL allows.
     patience = InitProcessGroupKwargs(timeout=PATIENCE)
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # PartialState does not look at it, Accelerator does
+    # Not every loss depends on every weight: at depths 1 and 2, the linear estimate of the third step has no gradient.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     device: Any = PartialState(cpu=on_cpu, **patience.to_kwargs()).device
     accelerator = Accelerator(
         mixed_precision=_choose_precision(config, device),
         log_with=tracker,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
-        kwargs_handlers=[patience],
+        kwargs_handlers=[patience, unused],
     )
     if accelerator.distributed_type in _SHARDING:
         raise ValueError(

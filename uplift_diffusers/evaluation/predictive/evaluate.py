@@ -20,7 +20,7 @@ Examples:
   python eval_predictive.py --task depth --backbone facebook/dinov2-small --train_images train2017 \\
       --val_images val2017 --depth_model depth-anything/Depth-Anything-V2-Small-hf --output_dir report
   python eval_predictive.py --task drift --backbone facebook/dinov2-small --dataset camvid --data_dir CamVid \\
-      --upsamplers bilinear uplift=runs/uplift lift=runs/lift --output_dir report
+      --upsamplers bilinear uplift=runs/uplift our_lift=runs/lift --output_dir report
   python eval_predictive.py --task cost --tokens 64 256 1024 2601 --output_dir report
 
 The same command continues an interrupted run: what is in OUTPUT_DIR/records is not measured again.

@@ -6,7 +6,6 @@ fails before the system runs out of memory. Costs beyond the limits are extrapol
 as such.
 """
 
-import ctypes
 import json
 import math
 import os
@@ -22,6 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
+from uplift_diffusers.evaluation.meters import peak_of, seconds_of, status_bytes
 from uplift_diffusers.evaluation.predictive.peers import PEERS, load_peer
 from uplift_diffusers.evaluation.predictive.peers.interface import FeatureUpsampler
 
@@ -302,54 +302,21 @@ def _measure_here(workload: Workload, limits: Limits, device: str) -> Measured:
         import resource  # not on Windows
 
         # After imports and weights: their address space is not the call's.
-        in_use = _status_bytes("VmData")
+        in_use = status_bytes("VmData")
         limit = int(in_use + 1.25 * limits.bytes)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     with torch.inference_mode():
         seconds: list[float] = []
 
         def timed() -> None:
-            seconds.append(_seconds_of(call, device, limits.clock(device)))
+            seconds.append(seconds_of(call, torch.device(device), limits.clock(device)))
 
         # The largest peak: what the system takes back meanwhile of code that lies in memory makes a peak look smaller.
-        peaks = [_peak_of(timed, device)]
+        peaks = [peak_of(timed, torch.device(device))]
         while len(seconds) < limits.repeats and sum(seconds) < ENOUGH_SECONDS:
-            peaks.append(_peak_of(timed, device))
+            peaks.append(peak_of(timed, torch.device(device)))
     known = [peak for peak in peaks if peak is not None]
     return min(seconds), max(known, default=None)
-
-
-def _seconds_of(call: Callable[[], object], device: str, clock: Callable[[], float]) -> float:
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = clock()
-    call()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return clock() - start
-
-
-def _peak_of(call: Callable[[], object], device: str) -> float | None:
-    """Peak bytes in use during one call, beyond those before it; None if unknown."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's peak
-    except (OSError, AttributeError):  # another system than Linux with the GNU library, or not allowed to
-        call()
-        return None
-    before = _status_bytes("VmRSS")
-    call()
-    return float(max(_status_bytes("VmHWM") - before, 0))
-
-
-def _status_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
 
 
 def available_bytes(device: str) -> float:

@@ -1,6 +1,5 @@
 """The four tasks of `eval_predictive.py`: the measurements and their records."""
 
-import hashlib
 import math
 import platform
 import time
@@ -13,7 +12,6 @@ import numpy as np
 import torch
 import torchvision
 import transformers
-from safetensors.torch import save
 from torch.utils.data import Dataset
 
 from uplift_diffusers._version import __version__
@@ -57,7 +55,7 @@ from uplift_diffusers.evaluation.predictive.tables import (
     write_segmentation_report,
 )
 from uplift_diffusers.evaluation.predictive.upsamplers import UpsamplerSpec, load_upsampler
-from uplift_diffusers.evaluation.records import Entry, Record, RecordStore
+from uplift_diffusers.evaluation.records import Entry, Record, RecordStore, digest_weights
 from uplift_diffusers.runtime import device_name
 
 SCHEDULES = {
@@ -365,14 +363,14 @@ def _measure_all(
         "schedule": {key: value for key, value in asdict(request.schedule).items() if key != "num_workers"},
         "image_size": request.image_size,
         "num_steps": request.num_steps if request.task == "drift" else None,
-        "backbone": _digest(backbone.model),
+        "backbone": digest_weights([backbone.model]),
         "data": [_data_identity(part) for part in parts],
         "device": torch.device(request.device).type,
         "versions": _versions(),
     }
     records = {}
     for name, upsampler in upsamplers.items():
-        made_of = [type(upsampler).__name__, _digest(upsampler)] if upsampler is not None else None
+        made_of = [type(upsampler).__name__, digest_weights([upsampler])] if upsampler is not None else None
         entry = Entry(request.task, name, {**common, "upsampler": made_of})
         if request.fresh or not store.holds(entry):
             store.write(entry, measure(name))
@@ -383,14 +381,9 @@ def _measure_all(
 def _data_identity(data: Any) -> list:
     """Names and sizes of the files."""
     if isinstance(data, PredictedDepths):
-        return [_digest(data.model), *([path.name, path.stat().st_size] for path in data.squares.images)]
+        return [digest_weights([data.model]), *([path.name, path.stat().st_size] for path in data.squares.images)]
     scale = getattr(data, "units_per_metre", None)
     return [[pair.name, pair.image.stat().st_size, pair.target.stat().st_size, scale] for pair in data.pairs]
-
-
-def _digest(module: torch.nn.Module) -> str:
-    tensors = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
-    return hashlib.sha256(save(tensors)).hexdigest()[:16]
 
 
 def _seeded(request: Request, make: Callable[[], torch.nn.Module]) -> torch.nn.Module:

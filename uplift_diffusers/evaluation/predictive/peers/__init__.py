@@ -25,7 +25,7 @@ from uplift_diffusers.evaluation.predictive.peers.jafar import JAFAR
 from uplift_diffusers.evaluation.predictive.peers.lift import LiFT
 from uplift_diffusers.evaluation.predictive.peers.loftup import LoftUp
 from uplift_diffusers.evaluation.predictive.peers.naf import NAF
-from uplift_diffusers.models.conversion import load_safetensors
+from uplift_diffusers.models.conversion import load_safetensors, name_differences
 
 StateDict = dict[str, torch.Tensor]
 
@@ -139,7 +139,8 @@ def load_peer(
     except KeyError as error:
         raise ValueError(f"`weights` must hold the tensors of {name}, got no {error} in {weights}.") from None
     model = peer.cls(**options)
-    _check_tensors(tensors, model.state_dict(), name=name, path=weights)
+    if problems := name_differences(tensors, model.state_dict()):
+        raise ValueError(f"`weights` must hold the tensors of {name} for this backbone, got {weights}: {problems}.")
     model.load_state_dict(tensors)
     return model.eval()
 
@@ -156,19 +157,3 @@ def _one_file(path: Path) -> Path:
 def _published_tensors(peer: Peer, path: Path) -> StateDict:
     tensors = {name.removeprefix(peer.prefix): tensor for name, tensor in load_safetensors(path).items()}
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(peer.left_out or ("\0",))}
-
-
-def _check_tensors(tensors: StateDict, expected: StateDict, *, name: str, path: str | Path) -> None:
-    problems = [f"no {key}" for key in expected if key not in tensors]
-    problems += [f"unknown {key}" for key in tensors if key not in expected]
-    problems += [
-        f"{key} is {tuple(tensors[key].shape)}, not {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in tensors and tensors[key].shape != value.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(
-            f"`weights` must hold the tensors of {name} for this backbone, got {path}: "
-            f"{'; '.join(problems[:3])}{more}."
-        )
