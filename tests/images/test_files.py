@@ -14,6 +14,7 @@ from PIL import Image, ImageCms, ImageOps, features
 
 from tests.images.making import SRGB, camera_exif, encoded, picture, png, tiff, with_chunks, with_segments, xmp
 from uplift_diffusers.images import files
+from uplift_diffusers.images.exif import Entry, Exif
 from uplift_diffusers.images.files import (
     INPUT_FORMATS,
     INPUT_SUFFIXES,
@@ -25,6 +26,7 @@ from uplift_diffusers.images.files import (
     plan_saving,
     save_image,
 )
+from uplift_diffusers.images.tiff import tiff_directories
 
 GREY16 = np.linspace(0, 65535, 24 * 32).round().astype(np.uint16).reshape(24, 32)
 
@@ -216,9 +218,70 @@ def test_tiff_whose_white_is_zero_is_no_negative(kind, order, compression):
 def test_tiff_whose_white_is_zero_is_no_negative_however_it_is_compressed(compression):
     source = picture().convert("1" if compression == "group4" else "L")
     data = encoded(source, "TIFF", compression=compression)
-    inverted = files._with_tag(bytearray(data), 262, 1 - Image.open(io.BytesIO(data)).tag_v2[262])
+    at = data.index(struct.pack("<HHI", 262, 3, 1)) + 8
+    inverted = data[:at] + bytes([1 - data[at]]) + data[at + 1 :]
     assert (pixels(inverted) == 255 - pixels(data)).all()
     assert difference(opened(data).image, source.convert("L")) < 3
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("layout", ["pixels", "planes", "tiles"])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+@pytest.mark.parametrize(
+    ("photometric", "extra"),
+    [(0, ()), (0, (2,)), (1, (1,)), (1, (2,)), (2, ()), (2, (0,)), (2, (1,)), (2, (0, 2)), (5, ())],
+)
+def test_tiff_of_every_layout_shows_what_it_stores(photometric, extra, kind, layout, order):
+    num_colors = {2: 3, 5: 4}.get(photometric, 1)
+    highest = np.iinfo(kind).max
+    stored = np.random.default_rng(0).integers(0, highest, (16, 32, num_colors + len(extra)), dtype=kind)
+    if 1 in extra:  # the colours are multiplied by alpha
+        stored[..., -1] |= highest // 2 + 1
+        stored[..., :-1] //= 2
+    color, alpha = stored[..., :num_colors].astype(float), stored[..., -1:] if max(extra, default=0) else None
+    if photometric == 0:
+        color = highest - color
+    elif photometric == 5:
+        color = (highest - color[..., :3]) * (highest - color[..., 3:]) / highest
+    color = color * highest / alpha if 1 in extra else color
+    expected = color if alpha is None else np.concatenate([color, alpha], axis=2)
+    size = stored.nbytes // stored.shape[2]
+    tags = {"t338": list(extra)} if extra else {}
+    written = stored
+    if layout == "planes":
+        written = np.moveaxis(stored, 2, 0).reshape(stored.shape)
+        starts = range(8, 8 + stored.nbytes, size)
+        tags |= {"t284": [2], "t273": list(starts), "t279": [size] * len(starts)}
+    elif layout == "tiles":
+        written = stored.reshape(16, 2, 16, -1).swapaxes(0, 1).reshape(stored.shape)
+        half = stored.nbytes // 2
+        tags |= {"t322": [16], "t323": [16], "t324": [8, 8 + half], "t325": [half] * 2}
+    array = pixels(tiff(written, order=order, photometric=photometric, **tags))
+    scale = 255 if array.max() < 256 else 65535
+    assert scale == (65535 if expected.shape[2] == 1 and highest > 255 else 255)
+    assert np.abs(array.reshape(expected.shape) - expected * scale / highest).max() < 2
+
+
+def test_big_tiff_of_both_byte_orders_is_read():
+    for order in "<>":
+        first, _ = tiff_directories(io.BytesIO(tiff(GREY16, order=order)))
+        table = b""
+        for tag, entry in first.main.items():
+            value = struct.pack(order + "Q", 16) if tag == 273 else entry.data
+            table += struct.pack(order + "HHQ", tag, 16 if tag == 273 else entry.kind, 1) + value.ljust(8, b"\0")
+        head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HHHQ", 43, 8, 0, 16 + GREY16.nbytes)
+        block = struct.pack(order + "Q", len(first.main)) + table + bytes(8)
+        assert (pixels(head + GREY16.astype(order + "u2").tobytes() + block) == GREY16).all()
+
+
+def test_tiff_that_is_cut_off_within_its_last_row_is_refused():
+    values = np.asarray(picture())
+    first, _ = tiff_directories(io.BytesIO(tiff(values, photometric=2)))
+    place = Entry(4, 1, struct.pack("<I", len(first.to_bytes())))  # the pixels come last
+    moved = Exif("<", {**first.main, 273: place}).to_bytes() + values.tobytes()
+    assert (pixels(moved) == values).all()
+    with pytest.raises(ValueError, match="damaged or cut off"):
+        opened(moved[:-9])
 
 
 def test_grey_and_alpha_of_a_tiff_with_differences_along_the_rows():

@@ -24,7 +24,7 @@ from uplift_diffusers.images.containers import (
     split_jpeg,
     split_png,
 )
-from uplift_diffusers.images.exif import ORIENTATION, SHORT, Entry, Exif, read_directories
+from uplift_diffusers.images.exif import Exif
 from uplift_diffusers.images.metadata import (
     Metadata,
     finish_tiff,
@@ -42,6 +42,18 @@ from uplift_diffusers.images.modes import (
     to_common_mode,
     to_eight_bits,
     turn_upright,
+)
+from uplift_diffusers.images.tiff import (
+    BITS,
+    HEIGHT,
+    PHOTOMETRIC,
+    SAMPLE_FORMAT,
+    WIDTH,
+    image_of_samples,
+    numbers,
+    read_samples,
+    tiff_directories,
+    with_directory,
 )
 from uplift_diffusers.saving import replaced_when_whole
 
@@ -85,10 +97,6 @@ _EIGHT_BIT_FORMATS = ("JPEG", "WEBP", "BMP")
 
 _HEAD_BYTES = 2**20
 _MISSING_ROWS = 32  # of a JPEG whose end is missing: two rows of its blocks, which decoders hold back
-
-# TIFF tags.
-_BITS, _PHOTOMETRIC, _SAMPLES, _PLANES, _PREDICTOR = 258, 262, 277, 284, 317
-_TILE_WIDTH, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 322, 338, 339
 
 
 @dataclass(frozen=True)
@@ -197,8 +205,7 @@ def check_image_header(source: str | Path | IO[bytes]) -> None:
         elif head.startswith(JPEG_SIGNATURE):
             stream = io.BytesIO(split_jpeg(stream, header_only=True).pixels or head)
         elif head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-            first, _ = _tiff_directories(stream)
-            _check_tiff_samples(first)
+            _check_tiff(tiff_directories(stream)[0])
             return  # Pillow knows fewer kinds of TIFF than are read here
         with _pillow_open(stream, head):
             pass
@@ -482,77 +489,34 @@ def _decoded_rows(pixels: bytes) -> np.ndarray:
 
 
 def _read_tiff(stream: IO[bytes]) -> OpenedImage:
-    first, second = _tiff_directories(stream)
-    _check_tiff_samples(first)
-    bits, photometric = _numbers(first, _BITS, 1), _numbers(first, _PHOTOMETRIC, 1)[0]
-    if bits == [16, 16] and photometric in (0, 1):
-        return _read_deep_grey_with_alpha(stream, first, second)
-    is_deep_grey = len(bits) == 1 and 8 < bits[0] <= 16 and photometric in (0, 1)
-    if is_deep_grey and photometric == 0:  # Pillow leaves such a negative as it is, or refuses it
-        stream.seek(0)
-        stream = io.BytesIO(_with_tag(bytearray(stream.read()), _PHOTOMETRIC, 1))
+    first, second = tiff_directories(stream)
+    _check_tiff(first)
+    metadata, orientation, losses = read_tiff_metadata(first, second, {})
+    values = read_samples(stream, first)
+    if values is not None:
+        image, more = image_of_samples(values, first)
+        return _opened(image, metadata, orientation, (*losses, *more))
+    bits, photometric = numbers(first, BITS, 1), numbers(first, PHOTOMETRIC, 1)[0]
+    is_deep_grey = bits == [12] and photometric in (0, 1)  # Pillow does not read a negative
+    stream.seek(0)
+    if is_deep_grey or stream.read(4) == b"MM\0+":  # nor a BigTIFF in this byte order
+        stream = with_directory(stream, first, {PHOTOMETRIC: [1]} if is_deep_grey else {})
     with _pillow_open(stream, b"", ("TIFF",)) as file:
         file.load_end = lambda: None  # where Pillow applies the orientation, also one that is in XMP only
         file.load()
-        metadata, orientation, losses = read_tiff_metadata(first, second, file.info)
         image = file.copy()  # its size is that before an orientation is applied
         if is_deep_grey:
-            highest = 2 ** bits[0] - 1
             values = np.asarray(image).astype(np.uint32)
-            values = highest - values if photometric == 0 else values
-            image = Image.fromarray(
-                (values if highest == 65535 else (values * 65535 + highest // 2) // highest).astype(np.uint16)
-            )
+            values = 4095 - values if photometric == 0 else values
+            image = Image.fromarray(((values * 65535 + 2047) // 4095).astype(np.uint16))
         return _opened(image, metadata, orientation, losses)
 
 
-def _read_deep_grey_with_alpha(stream: IO[bytes], first: Exif, second: Exif | None) -> OpenedImage:
-    """Read a TIFF of 16-bit grey and a second channel, which Pillow does not support, as four channels of 8 bits."""
-    stream.seek(0)
-    data = stream.read()
-    data += b"\0" * (len(data) % 2)
-    predictor = _numbers(first, _PREDICTOR, 1)[0]
-    if data[2:4] not in (b"*\0", b"\0*") or _numbers(first, _PLANES, 1) == [2] or _TILE_WIDTH in first.main:
-        raise _Refusal("16-bit greyscale with a second channel, stored in a rare way: save it without tiles.")
-
-    def numbers(*values: int) -> Entry:
-        return Entry(SHORT, len(values), struct.pack(f"{first.order}{len(values)}H", *values))
-
-    disguise = {_BITS: numbers(8, 8, 8, 8), _SAMPLES: numbers(4), _PHOTOMETRIC: numbers(2), _PREDICTOR: numbers(1)}
-    disguised = replace(first.without(_EXTRA_SAMPLES, _SAMPLE_FORMAT, ORIENTATION), exposure={}, place={})
-    disguised = replace(disguised, main={**disguised.main, **disguise})
-    data = data[:4] + struct.pack(first.order + "I", len(data)) + data[8:] + disguised.directories_at(len(data))
-    with _pillow_open(io.BytesIO(data), b"", ("TIFF",)) as file:
-        file.load_end = lambda: None
-        file.load()
-        values = np.array(file).view(first.order + "u2").astype(np.uint16)  # (H, W, 2)
-    if predictor == 2:  # differences along the rows
-        values = np.cumsum(values, axis=1, dtype=np.uint16)
-    grey, second_channel = values[..., 0], values[..., 1]
-    grey = 65535 - grey if _numbers(first, _PHOTOMETRIC, 1)[0] == 0 else grey
-    metadata, orientation, losses = read_tiff_metadata(first, second, {})
-    kind = _numbers(first, _EXTRA_SAMPLES, 0)[0]
-    if kind not in (1, 2):  # something else than alpha
-        return _opened(Image.fromarray(grey), metadata, orientation, losses)
-    if kind == 1:  # grey is multiplied by it
-        grey = np.minimum(65535.0, grey * (65535.0 / np.maximum(second_channel, 1)))
-    channels = [Image.fromarray(to_eight_bits(channel)) for channel in (grey, second_channel)]
-    return _opened(Image.merge("LA", channels), metadata, orientation, (*losses, DEEP_GREY_WITH_ALPHA))
-
-
-def _tiff_directories(stream: IO[bytes]) -> tuple[Exif, Exif | None]:
-    length = stream.seek(0, os.SEEK_END)
-
-    def read_at(offset: int, size: int) -> bytes:
-        stream.seek(offset)
-        return stream.read(size)
-
-    return read_directories(read_at, length)
-
-
-def _check_tiff_samples(first: Exif) -> None:
-    """Raise _Refusal, in plain words, if the sample format of a TIFF is not supported."""
-    bits, formats = max(_numbers(first, _BITS, 1)), set(_numbers(first, _SAMPLE_FORMAT, 1))
+def _check_tiff(first: Exif) -> None:
+    """Raise if a TIFF is too large or, in plain words, if its sample format is not supported."""
+    if numbers(first, WIDTH, 0)[0] * numbers(first, HEIGHT, 0)[0] > MAX_INPUT_PIXELS:
+        raise Image.DecompressionBombError
+    bits, formats = max(numbers(first, BITS, 1)), set(numbers(first, SAMPLE_FORMAT, 1))
     if 3 in formats:
         kind = f"{bits}-bit floating-point pixels, whose range is unknown"
     elif formats & {5, 6}:
@@ -564,26 +528,6 @@ def _check_tiff_samples(first: Exif) -> None:
     else:
         return
     raise _Refusal(f"{kind}: save it with 8 or 16 bits.")
-
-
-def _numbers(directory: Exif, tag: int, default: int) -> list[int]:
-    entry = directory.main.get(tag)
-    return (directory.numbers(entry) if entry is not None else []) or [default]
-
-
-def _with_tag(data: bytearray, tag: int, value: int) -> bytes:
-    """A TIFF file with a changed number in a tag of its first directory."""
-    order = "<" if data[:2] == b"II" else ">"
-    is_big = data[2:4] in (b"+\0", b"\0+")
-    (start,) = struct.unpack_from(order + ("Q" if is_big else "I"), data, 8 if is_big else 4)
-    (count,) = struct.unpack_from(order + ("Q" if is_big else "H"), data, start)
-    head, size = (8, 20) if is_big else (2, 12)
-    for at in range(start + head, start + head + size * count, size):
-        number, kind = struct.unpack_from(order + "HH", data, at)
-        if number == tag:
-            struct.pack_into(order + {1: "B", 3: "H", 4: "I"}[kind], data, at + size - (8 if is_big else 4), value)
-            break
-    return bytes(data)
 
 
 def _what_is_no_file(path: Path) -> str:
