@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import stat
 import struct
 import subprocess
@@ -144,6 +145,33 @@ def test_what_is_no_file_is_named(tmp_path):
             open_image(tmp_path / "pipe.png")
 
 
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, 2, 2, 16, 3), "damaged, or an unsupported kind of PSD."),
+        (encoded(picture(), "GIF")[:30], "damaged, or an unsupported kind of GIF."),
+        (
+            b"BM" + struct.pack("<IHHIIiiHHI", 72, 0, 0, 70, 56, 1, 1, 1, 16, 3) + bytes(54),
+            "the image is of an unsupported kind (Unsupported BMP bitfields layout).",
+        ),
+    ],
+)
+def test_the_format_of_what_is_not_read_is_named(data, sentence):
+    for read in (open_image, check_image_header):
+        with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+            read(io.BytesIO(data))
+
+
+def test_the_fourth_channel_of_a_tga_without_alpha_is_padding():
+    def tga(alpha, bits):
+        header = struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, 4, 3, 32, 32 | bits)
+        return opened(header + bytes([3, 2, 1, alpha]) * 12).image
+
+    assert np.asarray(tga(0, 0))[0, 0].tolist() == [1, 2, 3]
+    for alpha, bits in ((0, 8), (128, 8), (128, 0)):
+        assert np.asarray(tga(alpha, bits))[0, 0].tolist() == [1, 2, 3, alpha]
+
+
 # What the numbers mean
 
 
@@ -199,6 +227,15 @@ def test_deep_grey_with_alpha_stays_grey_and_is_told(file_format):
     assert result.image.mode == "LA"
     assert np.abs(np.asarray(result.image) - values / 257).max() <= 1
     assert result.losses == ("its 16-bit grey becomes 8-bit, because it has transparency.",)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_deep_colour_becomes_eight_bit_and_is_told(channels):
+    values = np.random.default_rng(0).integers(0, 65536, (9, 11, channels)).astype(np.uint16)
+    for data in (png(values, depth=16, color_type={3: 2, 4: 6}[channels]), tiff(values, photometric=2)):
+        result = opened(data)
+        assert np.abs(np.asarray(result.image) - values / 257).max() < 1
+        assert result.losses == ("its 16-bit colour becomes 8-bit.",)
 
 
 @pytest.mark.parametrize("compression", [1, 8])
@@ -488,6 +525,9 @@ def test_only_the_first_picture_is_taken_and_that_is_told(file_format):
     frames = [picture(seed=seed) for seed in (0, 1, 2)]
     options = {"lossless": True} if file_format == "WEBP" else {}
     result = opened(encoded(frames[0], file_format, save_all=True, append_images=frames[1:], **options))
+    if file_format == "PNG":  # of two, the first one is not part of the animation
+        hidden = encoded(frames[0], "PNG", save_all=True, append_images=frames[1:2], default_image=True)
+        assert opened(hidden).losses == result.losses
     assert len(result.losses) == 1
     assert result.losses[0].startswith("only the first")
     assert difference(result.image.convert("RGB"), frames[0]) < 12
@@ -567,6 +607,18 @@ def test_alpha_is_laid_on_white_where_the_format_has_none(tmp_path, suffix, mode
     expected.paste("white", (0, 0, 16, 24))
     save_image(with_alpha(mode), tmp_path / f"a{suffix}")
     assert difference(open_image(tmp_path / f"a{suffix}").image, expected) < 3
+
+
+def test_what_the_pixels_lose_is_told_before_the_work():
+    opaque = picture().convert("RGBA")
+    deep = OpenedImage(Image.fromarray(GREY16))
+    for suffix in OUTPUT_FORMATS:
+        losses = plan_saving(OpenedImage(with_alpha("LA")), suffix.upper()).losses
+        composited = (f"a {suffix} has no transparency: the image is composited on white.",)
+        assert losses == (composited if suffix in (".jpg", ".jpeg", ".bmp") else ())
+        rounded = (f"its 16-bit grey becomes 8-bit in a {suffix}.",)
+        assert plan_saving(deep, suffix).losses == (() if suffix in (".png", ".tif", ".tiff") else rounded)
+        assert plan_saving(OpenedImage(opaque), suffix).losses == ()
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])

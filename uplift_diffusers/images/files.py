@@ -36,6 +36,7 @@ from uplift_diffusers.images.metadata import (
     save_options,
 )
 from uplift_diffusers.images.modes import (
+    DEEP_COLOR,
     DEEP_GREY_WITH_ALPHA,
     MODES,
     lay_on_white,
@@ -192,7 +193,13 @@ def open_image(source: str | Path | IO[bytes]) -> OpenedImage:
             return _read_tiff(stream)
         with _pillow_open(stream, head) as file:
             file.load()
+            if file.format == "JPEG2000":
+                stream.seek(0)
+                head = stream.read()
             metadata, orientation, losses = read_other_metadata(file, head)
+            is_padded = file.format == "TGA" and file.mode in ("LA", "RGBA") and not head[17] & 15
+            if is_padded and not file.getchannel("A").getbbox():  # without any alpha
+                return _opened(file.convert(file.mode.removesuffix("A")), metadata, orientation, losses)
             return _opened(file, metadata, orientation, losses)
 
 
@@ -219,10 +226,19 @@ def plan_saving(opened: OpenedImage, suffix: str) -> OpenedImage:
     Raises:
         ValueError: `suffix` is not one of `OUTPUT_FORMATS`.
     """
-    file_format = _format_of(suffix)
-    is_grey = _is_grey(opened.image.mode, file_format)
-    metadata, losses = fit_metadata(opened.metadata, file_format, is_grey=is_grey, suffix=suffix.lower())
-    return replace(opened, metadata=metadata, losses=(*opened.losses, *losses))
+    file_format, image, suffix = _format_of(suffix), opened.image, suffix.lower()
+    losses = list(opened.losses)
+    if (
+        file_format in _OPAQUE_FORMATS
+        and image.mode in ("LA", "RGBA")
+        and np.asarray(image.getchannel("A")).min() < 255
+    ):
+        losses.append(f"a {suffix} has no transparency: the image is composited on white.")
+    if file_format in _EIGHT_BIT_FORMATS and image.mode == "I;16":
+        losses.append(f"its 16-bit grey becomes 8-bit in a {suffix}.")
+    is_grey = _is_grey(image.mode, file_format)
+    metadata, more = fit_metadata(opened.metadata, file_format, is_grey=is_grey, suffix=suffix)
+    return replace(opened, metadata=metadata, losses=(*losses, *more))
 
 
 def save_image(
@@ -340,7 +356,11 @@ def _explaining_damage() -> Iterator[None]:
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             reason = "".join(letter if letter.isprintable() else "?" for letter in reason)
-            raise ValueError(f"the image is damaged or cut off ({reason}).") from error
+            is_rare = any(
+                word in reason.lower() for word in ("unsupported", "not supported", "unknown", "unimplemented")
+            )
+            what = "of an unsupported kind" if is_rare else "damaged or cut off"
+            raise ValueError(f"the image is {what} ({reason}).") from error
 
 
 class _Refusal(Exception):  # noqa: N818
@@ -371,13 +391,23 @@ def _pillow_open(
     try:
         file = _heif(stream) if _is_heif(head) else Image.open(stream, formats=formats)
     except UnidentifiedImageError:
-        if len(formats) != 1:
+        name = formats[0] if len(formats) == 1 else _name_of_format(head)
+        if name is None:
             raise
-        raise _Refusal(f"a {formats[0]} file that is damaged or of an unsupported kind.") from None
+        raise _Refusal(f"damaged, or an unsupported kind of {name}.") from None
     with file:
         if file.width * file.height > MAX_INPUT_PIXELS:
             raise Image.DecompressionBombError
         yield file
+
+
+def _name_of_format(head: bytes) -> str | None:
+    """The format that a file has by its first bytes, according to Pillow."""
+    for name in INPUT_FORMATS if len(head) >= 16 else ():
+        _, accept = Image.OPEN.get(name, (None, None))
+        if accept is not None and accept(head[:16]) is True:
+            return name
+    return None
 
 
 def _is_heif(head: bytes) -> bool:
@@ -416,6 +446,8 @@ def _opened(
 def _read_png(parts: PngParts) -> OpenedImage:
     with _pillow_open(io.BytesIO(parts.pixels), b"", ("PNG",)) as file:
         metadata, orientation, losses = read_png_metadata(parts, file.info)
+        if parts.depth == 16 and parts.color_type in (2, 6):
+            losses = (*losses, DEEP_COLOR)
         key = next((data for name, data in parts.chunks if name == b"tRNS"), b"")
         if parts.color_type == 2 and parts.depth == 16 and len(key) == 6:
             image = _keyed_deep_rgb(parts.pixels, struct.unpack(">3H", key))
