@@ -465,6 +465,20 @@ def test_xmp_loses_what_is_no_longer_true_and_nothing_else():
     assert b"Orientation" not in clean_xmp(utf16)[0]
 
 
+def test_regions_of_faces_are_kept_unless_the_image_is_turned():
+    prefixes = 'xmlns:mwg-rs="http://www.metadataworkinggroup.com/schemas/regions/"'
+    regions = '<mwg-rs:Regions><mwg-rs:AppliedToDimensions a="1"/><mwg-rs:Name>Ann</mwg-rs:Name></mwg-rs:Regions>'
+    packet = xmp("", regions, prefixes)
+    kept, turned = (
+        opened(encoded(picture(), "JPEG", xmp=packet, exif=camera_exif(orientation))) for orientation in (1, 6)
+    )
+    assert b"Ann" in kept.metadata.xmp
+    assert b"AppliedToDimensions" not in kept.metadata.xmp
+    assert kept.losses == ()
+    assert b"Ann" not in turned.metadata.xmp
+    assert turned.losses == ("its list of face regions, which turning moves, is left out.",)
+
+
 @pytest.mark.parametrize("piece", [b"<tiff:Orientation>", b' tiff:Orientation="', b"<tiff:Orientation ", b' tiff:O="'])
 def test_xmp_that_never_ends_is_no_trap(piece):
     packet = b'<x xmlns:tiff="http://ns.adobe.com/tiff/1.0/"' + piece * 50_000

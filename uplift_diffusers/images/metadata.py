@@ -78,7 +78,12 @@ _COLOR_TAGS = (0xA001, 0xA500, 0x012D, 0x013E, 0x013F)
 """Tags on the colour space of the pixel values, besides the interoperability directory."""
 
 _XMP_NOTES: tuple[tuple[str, str | None, str | None], ...] = (
-    ("http://ns.adobe.com/tiff/1.0/", "Orientation|ImageWidth|ImageLength", None),
+    (
+        "http://ns.adobe.com/tiff/1.0/",
+        "Orientation|ImageWidth|ImageLength|BitsPerSample|SamplesPerPixel|Compression|PhotometricInterpretation",
+        None,
+    ),
+    ("http://www.metadataworkinggroup.com/schemas/regions/", "AppliedToDimensions", None),
     ("http://ns.adobe.com/exif/1.0/", "PixelXDimension|PixelYDimension", None),
     ("http://ns.adobe.com/xap/1.0/", "Thumbnails", None),
     ("http://ns.adobe.com/xmp/note/", "HasExtendedXMP", None),
@@ -91,6 +96,12 @@ _XMP_NOTES: tuple[tuple[str, str | None, str | None], ...] = (
     ("http://ns.google.com/photos/1.0/panorama/", "[A-Za-z]*Pixels", "panorama's sizes in pixels"),
 )
 """XMP that does not apply to the output: the namespace, the names in it (None: all), and what is reported."""
+
+_XMP_PLACES: tuple[tuple[str, str | None, str | None], ...] = (
+    ("http://www.metadataworkinggroup.com/schemas/regions/", "Regions", "list of face regions, which turning moves,"),
+    ("http://ns.microsoft.com/photo/1.2/", "RegionInfo", "list of face regions, which turning moves,"),
+)
+"""In the same way, XMP that does not apply to an image that was turned."""
 
 _SRGB_CHROMATICITIES = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
 
@@ -181,7 +192,7 @@ class _Reading:
                 exif = None  # a TIFF file has its resolution there
         xmp = self.xmp
         if xmp:
-            xmp, left_out = clean_xmp(xmp)
+            xmp, left_out = clean_xmp(xmp, is_turned=orientation != 1)
             for thing in left_out:
                 self.lose(f"its {thing} is left out.")
         resources = photoshop_resources(self.photoshop)
@@ -467,7 +478,7 @@ def finish_tiff(data_at: exif_data.ReadAt, length: int, metadata: Metadata) -> b
     return replace(exif, main={**exif.main, **extra, **written.main}).directories_at(length)
 
 
-def clean_xmp(packet: bytes) -> tuple[bytes, list[str]]:
+def clean_xmp(packet: bytes, *, is_turned: bool = False) -> tuple[bytes, list[str]]:
     """
     An XMP packet in UTF-8 without what does not apply to the upscaled, upright image.
 
@@ -482,7 +493,7 @@ def clean_xmp(packet: bytes) -> tuple[bytes, list[str]]:
         except UnicodeDecodeError:
             return b"", ["XMP, which is damaged,"]
     packet, left_out = packet.rstrip(b"\0"), []
-    for uri, names, thing in _XMP_NOTES:
+    for uri, names, thing in (*_XMP_NOTES, *(_XMP_PLACES if is_turned else ())):
         pattern = rb"xmlns:([A-Za-z_][\w.-]*)\s*=\s*[\"']" + re.escape(uri.encode()) + rb"[\"']"
         for prefix in list(dict.fromkeys(found[1] for found in re.finditer(pattern, packet)))[:4]:
             packet, count = _without(packet, prefix, (names or r"[\w.-]+").encode())
