@@ -691,13 +691,20 @@ def test_a_picture_that_is_larger_than_asked_for_is_named_and_the_others_are_mad
     assert f"{tmp_path / 'photos' / 'wide.png'}: a width of 48 pixels" in error_of_output(capsys)
 
 
-def test_what_a_file_loses_is_told_with_its_name(upscale, tmp_path, capsys):
+def test_what_a_file_loses_is_told_with_its_name_before_the_work(upscale, tmp_path, capsys, monkeypatch):
     frames = [picture(seed=seed).convert("P") for seed in (0, 1)]
     source = save(frames[0], tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     assert upscale(source, "--output", f"{tmp_path}/large/", "--scale", "1") == 0
     lines = error_of_output(capsys).splitlines()
     assert lines
     assert all(line.startswith(f"{source}: ") for line in lines)
+    said = []
+    monkeypatch.setattr(
+        UPLiFTSuperResolutionPipeline, "__call__", lambda *_, **__: said.append(error_of_output(capsys)) or 1 // 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        upscale(source, "--output", f"{tmp_path}/again/")
+    assert said[0].splitlines() == lines
 
 
 # Seeds

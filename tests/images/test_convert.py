@@ -258,8 +258,9 @@ def test_padding_repeats_the_last_pixels():
     assert pad_to_multiple(padded, 8).shape == padded.shape
 
 
-def test_resizing_agrees_with_pillow():
+@pytest.mark.parametrize("size", [(14, 20), (14, 1), (1, 20), (1, 1), (80, 1)])
+def test_resizing_agrees_with_pillow(size):
     image = torch.rand(1, 1, 40, 56)
-    expected = Image.fromarray(image[0, 0].numpy()).resize((20, 14), Image.BICUBIC)
-    actual = resize(image, (14, 20))[0, 0]
+    expected = Image.fromarray(image[0, 0].numpy()).resize(size[::-1], Image.BICUBIC)
+    actual = resize(image, size)[0, 0]
     torch.testing.assert_close(actual, torch.from_numpy(np.array(expected)).clamp(0, 1), rtol=0, atol=1e-4)

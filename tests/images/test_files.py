@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import stat
 import struct
 import subprocess
@@ -14,6 +15,7 @@ from PIL import Image, ImageCms, ImageOps, features
 
 from tests.images.making import SRGB, camera_exif, encoded, picture, png, tiff, with_chunks, with_segments, xmp
 from uplift_diffusers.images import files
+from uplift_diffusers.images.exif import Entry, Exif
 from uplift_diffusers.images.files import (
     INPUT_FORMATS,
     INPUT_SUFFIXES,
@@ -25,6 +27,7 @@ from uplift_diffusers.images.files import (
     plan_saving,
     save_image,
 )
+from uplift_diffusers.images.tiff import tiff_directories
 
 GREY16 = np.linspace(0, 65535, 24 * 32).round().astype(np.uint16).reshape(24, 32)
 
@@ -142,6 +145,33 @@ def test_what_is_no_file_is_named(tmp_path):
             open_image(tmp_path / "pipe.png")
 
 
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, 2, 2, 16, 3), "damaged, or an unsupported kind of PSD."),
+        (encoded(picture(), "GIF")[:30], "damaged, or an unsupported kind of GIF."),
+        (
+            b"BM" + struct.pack("<IHHIIiiHHI", 72, 0, 0, 70, 56, 1, 1, 1, 16, 3) + bytes(54),
+            "the image is of an unsupported kind (Unsupported BMP bitfields layout).",
+        ),
+    ],
+)
+def test_the_format_of_what_is_not_read_is_named(data, sentence):
+    for read in (open_image, check_image_header):
+        with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+            read(io.BytesIO(data))
+
+
+def test_the_fourth_channel_of_a_tga_without_alpha_is_padding():
+    def tga(alpha, bits):
+        header = struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, 4, 3, 32, 32 | bits)
+        return opened(header + bytes([3, 2, 1, alpha]) * 12).image
+
+    assert np.asarray(tga(0, 0))[0, 0].tolist() == [1, 2, 3]
+    for alpha, bits in ((0, 8), (128, 8), (128, 0)):
+        assert np.asarray(tga(alpha, bits))[0, 0].tolist() == [1, 2, 3, alpha]
+
+
 # What the numbers mean
 
 
@@ -199,6 +229,15 @@ def test_deep_grey_with_alpha_stays_grey_and_is_told(file_format):
     assert result.losses == ("its 16-bit grey becomes 8-bit, because it has transparency.",)
 
 
+@pytest.mark.parametrize("channels", [3, 4])
+def test_deep_colour_becomes_eight_bit_and_is_told(channels):
+    values = np.random.default_rng(0).integers(0, 65536, (9, 11, channels)).astype(np.uint16)
+    for data in (png(values, depth=16, color_type={3: 2, 4: 6}[channels]), tiff(values, photometric=2)):
+        result = opened(data)
+        assert np.abs(np.asarray(result.image) - values / 257).max() < 1
+        assert result.losses == ("its 16-bit colour becomes 8-bit.",)
+
+
 @pytest.mark.parametrize("compression", [1, 8])
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16])
@@ -216,9 +255,70 @@ def test_tiff_whose_white_is_zero_is_no_negative(kind, order, compression):
 def test_tiff_whose_white_is_zero_is_no_negative_however_it_is_compressed(compression):
     source = picture().convert("1" if compression == "group4" else "L")
     data = encoded(source, "TIFF", compression=compression)
-    inverted = files._with_tag(bytearray(data), 262, 1 - Image.open(io.BytesIO(data)).tag_v2[262])
+    at = data.index(struct.pack("<HHI", 262, 3, 1)) + 8
+    inverted = data[:at] + bytes([1 - data[at]]) + data[at + 1 :]
     assert (pixels(inverted) == 255 - pixels(data)).all()
     assert difference(opened(data).image, source.convert("L")) < 3
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("layout", ["pixels", "planes", "tiles"])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+@pytest.mark.parametrize(
+    ("photometric", "extra"),
+    [(0, ()), (0, (2,)), (1, (1,)), (1, (2,)), (2, ()), (2, (0,)), (2, (1,)), (2, (0, 2)), (5, ())],
+)
+def test_tiff_of_every_layout_shows_what_it_stores(photometric, extra, kind, layout, order):
+    num_colors = {2: 3, 5: 4}.get(photometric, 1)
+    highest = np.iinfo(kind).max
+    stored = np.random.default_rng(0).integers(0, highest, (16, 32, num_colors + len(extra)), dtype=kind)
+    if 1 in extra:  # the colours are multiplied by alpha
+        stored[..., -1] |= highest // 2 + 1
+        stored[..., :-1] //= 2
+    color, alpha = stored[..., :num_colors].astype(float), stored[..., -1:] if max(extra, default=0) else None
+    if photometric == 0:
+        color = highest - color
+    elif photometric == 5:
+        color = (highest - color[..., :3]) * (highest - color[..., 3:]) / highest
+    color = color * highest / alpha if 1 in extra else color
+    expected = color if alpha is None else np.concatenate([color, alpha], axis=2)
+    size = stored.nbytes // stored.shape[2]
+    tags = {"t338": list(extra)} if extra else {}
+    written = stored
+    if layout == "planes":
+        written = np.moveaxis(stored, 2, 0).reshape(stored.shape)
+        starts = range(8, 8 + stored.nbytes, size)
+        tags |= {"t284": [2], "t273": list(starts), "t279": [size] * len(starts)}
+    elif layout == "tiles":
+        written = stored.reshape(16, 2, 16, -1).swapaxes(0, 1).reshape(stored.shape)
+        half = stored.nbytes // 2
+        tags |= {"t322": [16], "t323": [16], "t324": [8, 8 + half], "t325": [half] * 2}
+    array = pixels(tiff(written, order=order, photometric=photometric, **tags))
+    scale = 255 if array.max() < 256 else 65535
+    assert scale == (65535 if expected.shape[2] == 1 and highest > 255 else 255)
+    assert np.abs(array.reshape(expected.shape) - expected * scale / highest).max() < 2
+
+
+def test_big_tiff_of_both_byte_orders_is_read():
+    for order in "<>":
+        first, _ = tiff_directories(io.BytesIO(tiff(GREY16, order=order)))
+        table = b""
+        for tag, entry in first.main.items():
+            value = struct.pack(order + "Q", 16) if tag == 273 else entry.data
+            table += struct.pack(order + "HHQ", tag, 16 if tag == 273 else entry.kind, 1) + value.ljust(8, b"\0")
+        head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HHHQ", 43, 8, 0, 16 + GREY16.nbytes)
+        block = struct.pack(order + "Q", len(first.main)) + table + bytes(8)
+        assert (pixels(head + GREY16.astype(order + "u2").tobytes() + block) == GREY16).all()
+
+
+def test_tiff_that_is_cut_off_within_its_last_row_is_refused():
+    values = np.asarray(picture())
+    first, _ = tiff_directories(io.BytesIO(tiff(values, photometric=2)))
+    place = Entry(4, 1, struct.pack("<I", len(first.to_bytes())))  # the pixels come last
+    moved = Exif("<", {**first.main, 273: place}).to_bytes() + values.tobytes()
+    assert (pixels(moved) == values).all()
+    with pytest.raises(ValueError, match="damaged or cut off"):
+        opened(moved[:-9])
 
 
 def test_grey_and_alpha_of_a_tiff_with_differences_along_the_rows():
@@ -425,6 +525,9 @@ def test_only_the_first_picture_is_taken_and_that_is_told(file_format):
     frames = [picture(seed=seed) for seed in (0, 1, 2)]
     options = {"lossless": True} if file_format == "WEBP" else {}
     result = opened(encoded(frames[0], file_format, save_all=True, append_images=frames[1:], **options))
+    if file_format == "PNG":  # of two, the first one is not part of the animation
+        hidden = encoded(frames[0], "PNG", save_all=True, append_images=frames[1:2], default_image=True)
+        assert opened(hidden).losses == result.losses
     assert len(result.losses) == 1
     assert result.losses[0].startswith("only the first")
     assert difference(result.image.convert("RGB"), frames[0]) < 12
@@ -504,6 +607,18 @@ def test_alpha_is_laid_on_white_where_the_format_has_none(tmp_path, suffix, mode
     expected.paste("white", (0, 0, 16, 24))
     save_image(with_alpha(mode), tmp_path / f"a{suffix}")
     assert difference(open_image(tmp_path / f"a{suffix}").image, expected) < 3
+
+
+def test_what_the_pixels_lose_is_told_before_the_work():
+    opaque = picture().convert("RGBA")
+    deep = OpenedImage(Image.fromarray(GREY16))
+    for suffix in OUTPUT_FORMATS:
+        losses = plan_saving(OpenedImage(with_alpha("LA")), suffix.upper()).losses
+        composited = (f"a {suffix} has no transparency: the image is composited on white.",)
+        assert losses == (composited if suffix in (".jpg", ".jpeg", ".bmp") else ())
+        rounded = (f"its 16-bit grey becomes 8-bit in a {suffix}.",)
+        assert plan_saving(deep, suffix).losses == (() if suffix in (".png", ".tif", ".tiff") else rounded)
+        assert plan_saving(OpenedImage(opaque), suffix).losses == ()
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])

@@ -24,7 +24,7 @@ from tests.images.making import (
 from uplift_diffusers.images.containers import photoshop_block
 from uplift_diffusers.images.exif import Entry, Exif, parse_exif
 from uplift_diffusers.images.files import OUTPUT_FORMATS, OpenedImage, open_image, plan_saving, save_image
-from uplift_diffusers.images.metadata import KEPT, Metadata, clean_xmp
+from uplift_diffusers.images.metadata import KEPT, Metadata, clean_xmp, read_other_metadata
 
 SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "TIFF": ".tif", "BMP": ".bmp"}
 
@@ -222,6 +222,50 @@ def test_more_exif_than_a_jpeg_holds_is_told_before_the_work(tmp_path):
     assert same(saved(tmp_path, source.metadata, "PNG").metadata.exif, long)
 
 
+def test_longer_comments_and_profiles_than_a_jpeg_holds_are_told(tmp_path):
+    metadata = Metadata(comments=(b"short", b"x" * 70_000), icc_profile=SRGB + bytes(17 * 2**20))
+    assert plan_saving(OpenedImage(picture(), metadata), ".png").losses == ()
+    losses = plan_saving(OpenedImage(picture(), metadata), ".jpg").losses
+    assert losses == ("a .jpg cannot hold its colour profile and comment: left out.",)
+    assert saved(tmp_path, metadata, "JPEG").metadata == Metadata(comments=(b"short",))
+
+
+@pytest.mark.parametrize("text", [b"ImageJ=1.54\nimages=3\n", b'{"shape": [24, 32]}', b'<?xml version="1.0"?><OME>'])
+def test_a_description_of_the_stored_data_is_told_and_one_of_the_picture_kept(text):
+    result = opened(encoded(picture(), "TIFF", tiffinfo={270: text}))
+    assert 270 not in (result.metadata.exif or Exif()).main
+    assert result.losses == ("its ImageDescription, which is about the stored data (ImageJ, OME), is left out.",)
+    assert opened(encoded(picture(), "TIFF", tiffinfo={270: "a boat"})).metadata.exif.main[270].data == b"a boat\0"
+
+
+def test_metadata_of_jpeg_2000_are_read():
+    ids = {xmp(): "be7acfcb97a942e89c71999491e3afac", b"\x1c\2\x78\0\6a boat": "33c7a4d2b81d4723a0baf1a3e097ad38"}
+    ids[EXIF.to_bytes()] = b"JpgTiffExif->JP2".hex()
+    boxes = [struct.pack(">I", 24 + len(data)) + b"uuid" + bytes.fromhex(name) + data for data, name in ids.items()]
+    metadata = opened(encoded(picture(), "JPEG2000") + b"".join(boxes)).metadata
+    assert (metadata.xmp, metadata.iptc) == (xmp(), b"\x1c\2\x78\0\6a boat")
+    assert same(metadata.exif, EXIF)
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "bits"),
+    [
+        ("AVIF", b"av1C\x81\4\x4c\0", 10),
+        ("AVIF", b"av1C\x81\4\x6c\0", 12),
+        ("AVIF", b"av1C\x81\4\x0c\0", 8),
+        ("HEIF", b"hvcC" + b"\0" * 17 + b"\xfa", 10),
+        ("JPEG2000", b"\xff\x4f\xff\x51" + b"\0" * 38 + b"\x0b", 12),
+        ("JPEG2000", b"\xff\x4f", 8),
+        ("GIF", b"av1C\x81\4\x4c\0", 8),
+    ],
+)
+def test_colour_of_more_bits_is_told(name, head, bits):
+    image = picture()
+    image.format = name
+    _, _, losses = read_other_metadata(image, b"...." + head)
+    assert losses == ((f"its {bits}-bit colour becomes 8-bit.",) if bits > 8 else ())
+
+
 @pytest.mark.parametrize("field", ["xmp", "iptc"])
 def test_more_than_a_jpeg_segment_holds_is_told(tmp_path, field):
     metadata = Metadata(**{field: b"<x>" + b"a" * 70_000})
@@ -286,6 +330,7 @@ def test_parts_of_a_profile_in_a_jpeg_are_put_in_order(tmp_path):
         ({b"cICP": b"\1\x0d\0\1"}, None),
         ({b"gAMA": struct.pack(">I", 100_000)}, "a gamma of 1 (gAMA)"),
         ({b"cHRM": struct.pack(">8I", *[30_000] * 8)}, "their own primaries (cHRM)"),
+        ({b"cICP": b"\1\x0d\0\0"}, "the primaries 1 and the transfer function 13 of cICP (in a narrow range)"),
         ({b"cICP": b"\x09\x10\0\1"}, "the primaries 9 and the transfer function 16 of cICP"),
     ],
 )
@@ -420,6 +465,20 @@ def test_xmp_loses_what_is_no_longer_true_and_nothing_else():
     assert b"Orientation" not in clean_xmp(utf16)[0]
 
 
+def test_regions_of_faces_are_kept_unless_the_image_is_turned():
+    prefixes = 'xmlns:mwg-rs="http://www.metadataworkinggroup.com/schemas/regions/"'
+    regions = '<mwg-rs:Regions><mwg-rs:AppliedToDimensions a="1"/><mwg-rs:Name>Ann</mwg-rs:Name></mwg-rs:Regions>'
+    packet = xmp("", regions, prefixes)
+    kept, turned = (
+        opened(encoded(picture(), "JPEG", xmp=packet, exif=camera_exif(orientation))) for orientation in (1, 6)
+    )
+    assert b"Ann" in kept.metadata.xmp
+    assert b"AppliedToDimensions" not in kept.metadata.xmp
+    assert kept.losses == ()
+    assert b"Ann" not in turned.metadata.xmp
+    assert turned.losses == ("its list of face regions, which turning moves, is left out.",)
+
+
 @pytest.mark.parametrize("piece", [b"<tiff:Orientation>", b' tiff:Orientation="', b"<tiff:Orientation ", b' tiff:O="'])
 def test_xmp_that_never_ends_is_no_trap(piece):
     packet = b'<x xmlns:tiff="http://ns.adobe.com/tiff/1.0/"' + piece * 50_000
@@ -443,8 +502,17 @@ def test_resolution_that_is_none_is_left_out():
         meter = round(dpi / 0.0254)
         data = with_chunks(encoded(picture(), "PNG"), (b"pHYs", struct.pack(">IIB", min(meter, 2**32 - 1), 0, 1)))
         assert opened(data).metadata.dpi is None
-    aspect = with_chunks(encoded(picture(), "PNG"), (b"pHYs", struct.pack(">IIB", 4, 3, 0)))
-    assert opened(aspect).metadata.dpi is None
+
+
+def test_pixels_that_are_not_square_are_told():
+    jpeg = encoded(picture(), "JPEG")
+    at = jpeg.index(b"JFIF\0") + 7
+    for x, y in ((4, 3), (1, 1)):
+        aspect = with_chunks(encoded(picture(), "PNG"), (b"pHYs", struct.pack(">IIB", x, y, 0)))
+        for data in (aspect, jpeg[:at] + struct.pack(">BHH", 0, x, y) + jpeg[at + 5 :]):
+            told = (f"its pixels are not square (density {x}:{y}), which is left out.",)
+            assert opened(data).metadata.dpi is None
+            assert opened(data).losses == (told if x != y else ())
 
 
 def test_metadata_of_other_formats_are_read():

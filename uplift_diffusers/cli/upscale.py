@@ -261,30 +261,33 @@ def _upscale_files(
         for number, task in enumerate(progress, 1):
             remarks, is_final = [], False
             try:
-                losses = _upscale_file(task, pipeline, options)
+                _upscale_file(task, pipeline, options)
             except OutputError as error:
                 remarks, is_final = [str(error)], error.is_final
             except (OSError, ValueError, RuntimeError, MemoryError) as error:
                 remarks = [f"{task.source}: {reason(error)}"]
             else:
                 written += 1
-                remarks = [f"{task.source}: {loss}" for loss in losses]
             if is_final and number < len(tasks):
                 remarks.append(
                     f"{len(tasks) - number} more were not started, because they could not be written either."
                 )
-            with tqdm.external_write_mode(file=sys.stderr):
-                for remark in remarks:
-                    tell(remark)
+            _tell_above_progress(remarks)
             if is_final:
                 break
     return written
 
 
-def _upscale_file(
-    task: "Task", pipeline: "UPLiFTSuperResolutionPipeline", options: argparse.Namespace
-) -> tuple[str, ...]:
-    """Upscale one file and return messages on what was lost."""
+def _tell_above_progress(remarks: list[str]) -> None:
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode(file=sys.stderr):
+        for remark in remarks:
+            tell(remark)
+
+
+def _upscale_file(task: "Task", pipeline: "UPLiFTSuperResolutionPipeline", options: argparse.Namespace) -> None:
+    """Upscale one file, and report what is lost beforehand."""
     import torch
 
     from uplift_diffusers.images.files import MAX_EDGES, OUTPUT_FORMATS, open_image, plan_saving
@@ -302,6 +305,7 @@ def _upscale_file(
         _check_space(task.target.parent, math.prod(scaled_size(size, scale)) if is_uncompressed else 1)
     except OSError as error:
         raise OutputError(task.target, error) from error
+    _tell_above_progress([f"{task.source}: {loss}" for loss in opened.losses])
 
     # 2. Enlarge
     generator = torch.Generator().manual_seed(options.seed)  # on the CPU: the same noise on every device
@@ -310,7 +314,6 @@ def _upscale_file(
 
     # 3. Save
     _save(output.images[0], task.target, metadata=opened.metadata, overwrite=options.overwrite)
-    return opened.losses
 
 
 def _save(image: "Image.Image", target: Path, *, metadata: "Metadata", overwrite: bool) -> None:

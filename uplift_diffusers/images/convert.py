@@ -175,6 +175,8 @@ def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 def interpolate(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Resize (B, C, H, W) to `size` (height, width) by antialiased bicubic interpolation, not clamped."""
+    if size[1] == 1:  # where the antialiasing of PyTorch 2.14 repeats the first row
+        return F.interpolate(image.mT, size=size[::-1], mode="bicubic", antialias=True).mT
     return F.interpolate(image, size=size, mode="bicubic", antialias=True)
 
 

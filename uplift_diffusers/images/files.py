@@ -24,7 +24,7 @@ from uplift_diffusers.images.containers import (
     split_jpeg,
     split_png,
 )
-from uplift_diffusers.images.exif import ORIENTATION, SHORT, Entry, Exif, read_directories
+from uplift_diffusers.images.exif import Exif
 from uplift_diffusers.images.metadata import (
     Metadata,
     finish_tiff,
@@ -36,12 +36,25 @@ from uplift_diffusers.images.metadata import (
     save_options,
 )
 from uplift_diffusers.images.modes import (
+    DEEP_COLOR,
     DEEP_GREY_WITH_ALPHA,
     MODES,
     lay_on_white,
     to_common_mode,
     to_eight_bits,
     turn_upright,
+)
+from uplift_diffusers.images.tiff import (
+    BITS,
+    HEIGHT,
+    PHOTOMETRIC,
+    SAMPLE_FORMAT,
+    WIDTH,
+    image_of_samples,
+    numbers,
+    read_samples,
+    tiff_directories,
+    with_directory,
 )
 from uplift_diffusers.saving import replaced_when_whole
 
@@ -85,10 +98,6 @@ _EIGHT_BIT_FORMATS = ("JPEG", "WEBP", "BMP")
 
 _HEAD_BYTES = 2**20
 _MISSING_ROWS = 32  # of a JPEG whose end is missing: two rows of its blocks, which decoders hold back
-
-# TIFF tags.
-_BITS, _PHOTOMETRIC, _SAMPLES, _PLANES, _PREDICTOR = 258, 262, 277, 284, 317
-_TILE_WIDTH, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 322, 338, 339
 
 
 @dataclass(frozen=True)
@@ -184,7 +193,13 @@ def open_image(source: str | Path | IO[bytes]) -> OpenedImage:
             return _read_tiff(stream)
         with _pillow_open(stream, head) as file:
             file.load()
+            if file.format == "JPEG2000":
+                stream.seek(0)
+                head = stream.read()
             metadata, orientation, losses = read_other_metadata(file, head)
+            is_padded = file.format == "TGA" and file.mode in ("LA", "RGBA") and not head[17] & 15
+            if is_padded and not file.getchannel("A").getbbox():  # without any alpha
+                return _opened(file.convert(file.mode.removesuffix("A")), metadata, orientation, losses)
             return _opened(file, metadata, orientation, losses)
 
 
@@ -197,8 +212,7 @@ def check_image_header(source: str | Path | IO[bytes]) -> None:
         elif head.startswith(JPEG_SIGNATURE):
             stream = io.BytesIO(split_jpeg(stream, header_only=True).pixels or head)
         elif head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-            first, _ = _tiff_directories(stream)
-            _check_tiff_samples(first)
+            _check_tiff(tiff_directories(stream)[0])
             return  # Pillow knows fewer kinds of TIFF than are read here
         with _pillow_open(stream, head):
             pass
@@ -212,10 +226,19 @@ def plan_saving(opened: OpenedImage, suffix: str) -> OpenedImage:
     Raises:
         ValueError: `suffix` is not one of `OUTPUT_FORMATS`.
     """
-    file_format = _format_of(suffix)
-    is_grey = _is_grey(opened.image.mode, file_format)
-    metadata, losses = fit_metadata(opened.metadata, file_format, is_grey=is_grey, suffix=suffix.lower())
-    return replace(opened, metadata=metadata, losses=(*opened.losses, *losses))
+    file_format, image, suffix = _format_of(suffix), opened.image, suffix.lower()
+    losses = list(opened.losses)
+    if (
+        file_format in _OPAQUE_FORMATS
+        and image.mode in ("LA", "RGBA")
+        and np.asarray(image.getchannel("A")).min() < 255
+    ):
+        losses.append(f"a {suffix} has no transparency: the image is composited on white.")
+    if file_format in _EIGHT_BIT_FORMATS and image.mode == "I;16":
+        losses.append(f"its 16-bit grey becomes 8-bit in a {suffix}.")
+    is_grey = _is_grey(image.mode, file_format)
+    metadata, more = fit_metadata(opened.metadata, file_format, is_grey=is_grey, suffix=suffix)
+    return replace(opened, metadata=metadata, losses=(*losses, *more))
 
 
 def save_image(
@@ -333,7 +356,11 @@ def _explaining_damage() -> Iterator[None]:
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             reason = "".join(letter if letter.isprintable() else "?" for letter in reason)
-            raise ValueError(f"the image is damaged or cut off ({reason}).") from error
+            is_rare = any(
+                word in reason.lower() for word in ("unsupported", "not supported", "unknown", "unimplemented")
+            )
+            what = "of an unsupported kind" if is_rare else "damaged or cut off"
+            raise ValueError(f"the image is {what} ({reason}).") from error
 
 
 class _Refusal(Exception):  # noqa: N818
@@ -364,13 +391,23 @@ def _pillow_open(
     try:
         file = _heif(stream) if _is_heif(head) else Image.open(stream, formats=formats)
     except UnidentifiedImageError:
-        if len(formats) != 1:
+        name = formats[0] if len(formats) == 1 else _name_of_format(head)
+        if name is None:
             raise
-        raise _Refusal(f"a {formats[0]} file that is damaged or of an unsupported kind.") from None
+        raise _Refusal(f"damaged, or an unsupported kind of {name}.") from None
     with file:
         if file.width * file.height > MAX_INPUT_PIXELS:
             raise Image.DecompressionBombError
         yield file
+
+
+def _name_of_format(head: bytes) -> str | None:
+    """The format that a file has by its first bytes, according to Pillow."""
+    for name in INPUT_FORMATS if len(head) >= 16 else ():
+        _, accept = Image.OPEN.get(name, (None, None))
+        if accept is not None and accept(head[:16]) is True:
+            return name
+    return None
 
 
 def _is_heif(head: bytes) -> bool:
@@ -409,6 +446,8 @@ def _opened(
 def _read_png(parts: PngParts) -> OpenedImage:
     with _pillow_open(io.BytesIO(parts.pixels), b"", ("PNG",)) as file:
         metadata, orientation, losses = read_png_metadata(parts, file.info)
+        if parts.depth == 16 and parts.color_type in (2, 6):
+            losses = (*losses, DEEP_COLOR)
         key = next((data for name, data in parts.chunks if name == b"tRNS"), b"")
         if parts.color_type == 2 and parts.depth == 16 and len(key) == 6:
             image = _keyed_deep_rgb(parts.pixels, struct.unpack(">3H", key))
@@ -482,77 +521,34 @@ def _decoded_rows(pixels: bytes) -> np.ndarray:
 
 
 def _read_tiff(stream: IO[bytes]) -> OpenedImage:
-    first, second = _tiff_directories(stream)
-    _check_tiff_samples(first)
-    bits, photometric = _numbers(first, _BITS, 1), _numbers(first, _PHOTOMETRIC, 1)[0]
-    if bits == [16, 16] and photometric in (0, 1):
-        return _read_deep_grey_with_alpha(stream, first, second)
-    is_deep_grey = len(bits) == 1 and 8 < bits[0] <= 16 and photometric in (0, 1)
-    if is_deep_grey and photometric == 0:  # Pillow leaves such a negative as it is, or refuses it
-        stream.seek(0)
-        stream = io.BytesIO(_with_tag(bytearray(stream.read()), _PHOTOMETRIC, 1))
+    first, second = tiff_directories(stream)
+    _check_tiff(first)
+    metadata, orientation, losses = read_tiff_metadata(first, second, {})
+    values = read_samples(stream, first)
+    if values is not None:
+        image, more = image_of_samples(values, first)
+        return _opened(image, metadata, orientation, (*losses, *more))
+    bits, photometric = numbers(first, BITS, 1), numbers(first, PHOTOMETRIC, 1)[0]
+    is_deep_grey = bits == [12] and photometric in (0, 1)  # Pillow does not read a negative
+    stream.seek(0)
+    if is_deep_grey or stream.read(4) == b"MM\0+":  # nor a BigTIFF in this byte order
+        stream = with_directory(stream, first, {PHOTOMETRIC: [1]} if is_deep_grey else {})
     with _pillow_open(stream, b"", ("TIFF",)) as file:
         file.load_end = lambda: None  # where Pillow applies the orientation, also one that is in XMP only
         file.load()
-        metadata, orientation, losses = read_tiff_metadata(first, second, file.info)
         image = file.copy()  # its size is that before an orientation is applied
         if is_deep_grey:
-            highest = 2 ** bits[0] - 1
             values = np.asarray(image).astype(np.uint32)
-            values = highest - values if photometric == 0 else values
-            image = Image.fromarray(
-                (values if highest == 65535 else (values * 65535 + highest // 2) // highest).astype(np.uint16)
-            )
+            values = 4095 - values if photometric == 0 else values
+            image = Image.fromarray(((values * 65535 + 2047) // 4095).astype(np.uint16))
         return _opened(image, metadata, orientation, losses)
 
 
-def _read_deep_grey_with_alpha(stream: IO[bytes], first: Exif, second: Exif | None) -> OpenedImage:
-    """Read a TIFF of 16-bit grey and a second channel, which Pillow does not support, as four channels of 8 bits."""
-    stream.seek(0)
-    data = stream.read()
-    data += b"\0" * (len(data) % 2)
-    predictor = _numbers(first, _PREDICTOR, 1)[0]
-    if data[2:4] not in (b"*\0", b"\0*") or _numbers(first, _PLANES, 1) == [2] or _TILE_WIDTH in first.main:
-        raise _Refusal("16-bit greyscale with a second channel, stored in a rare way: save it without tiles.")
-
-    def numbers(*values: int) -> Entry:
-        return Entry(SHORT, len(values), struct.pack(f"{first.order}{len(values)}H", *values))
-
-    disguise = {_BITS: numbers(8, 8, 8, 8), _SAMPLES: numbers(4), _PHOTOMETRIC: numbers(2), _PREDICTOR: numbers(1)}
-    disguised = replace(first.without(_EXTRA_SAMPLES, _SAMPLE_FORMAT, ORIENTATION), exposure={}, place={})
-    disguised = replace(disguised, main={**disguised.main, **disguise})
-    data = data[:4] + struct.pack(first.order + "I", len(data)) + data[8:] + disguised.directories_at(len(data))
-    with _pillow_open(io.BytesIO(data), b"", ("TIFF",)) as file:
-        file.load_end = lambda: None
-        file.load()
-        values = np.array(file).view(first.order + "u2").astype(np.uint16)  # (H, W, 2)
-    if predictor == 2:  # differences along the rows
-        values = np.cumsum(values, axis=1, dtype=np.uint16)
-    grey, second_channel = values[..., 0], values[..., 1]
-    grey = 65535 - grey if _numbers(first, _PHOTOMETRIC, 1)[0] == 0 else grey
-    metadata, orientation, losses = read_tiff_metadata(first, second, {})
-    kind = _numbers(first, _EXTRA_SAMPLES, 0)[0]
-    if kind not in (1, 2):  # something else than alpha
-        return _opened(Image.fromarray(grey), metadata, orientation, losses)
-    if kind == 1:  # grey is multiplied by it
-        grey = np.minimum(65535.0, grey * (65535.0 / np.maximum(second_channel, 1)))
-    channels = [Image.fromarray(to_eight_bits(channel)) for channel in (grey, second_channel)]
-    return _opened(Image.merge("LA", channels), metadata, orientation, (*losses, DEEP_GREY_WITH_ALPHA))
-
-
-def _tiff_directories(stream: IO[bytes]) -> tuple[Exif, Exif | None]:
-    length = stream.seek(0, os.SEEK_END)
-
-    def read_at(offset: int, size: int) -> bytes:
-        stream.seek(offset)
-        return stream.read(size)
-
-    return read_directories(read_at, length)
-
-
-def _check_tiff_samples(first: Exif) -> None:
-    """Raise _Refusal, in plain words, if the sample format of a TIFF is not supported."""
-    bits, formats = max(_numbers(first, _BITS, 1)), set(_numbers(first, _SAMPLE_FORMAT, 1))
+def _check_tiff(first: Exif) -> None:
+    """Raise if a TIFF is too large or, in plain words, if its sample format is not supported."""
+    if numbers(first, WIDTH, 0)[0] * numbers(first, HEIGHT, 0)[0] > MAX_INPUT_PIXELS:
+        raise Image.DecompressionBombError
+    bits, formats = max(numbers(first, BITS, 1)), set(numbers(first, SAMPLE_FORMAT, 1))
     if 3 in formats:
         kind = f"{bits}-bit floating-point pixels, whose range is unknown"
     elif formats & {5, 6}:
@@ -564,26 +560,6 @@ def _check_tiff_samples(first: Exif) -> None:
     else:
         return
     raise _Refusal(f"{kind}: save it with 8 or 16 bits.")
-
-
-def _numbers(directory: Exif, tag: int, default: int) -> list[int]:
-    entry = directory.main.get(tag)
-    return (directory.numbers(entry) if entry is not None else []) or [default]
-
-
-def _with_tag(data: bytearray, tag: int, value: int) -> bytes:
-    """A TIFF file with a changed number in a tag of its first directory."""
-    order = "<" if data[:2] == b"II" else ">"
-    is_big = data[2:4] in (b"+\0", b"\0+")
-    (start,) = struct.unpack_from(order + ("Q" if is_big else "I"), data, 8 if is_big else 4)
-    (count,) = struct.unpack_from(order + ("Q" if is_big else "H"), data, start)
-    head, size = (8, 20) if is_big else (2, 12)
-    for at in range(start + head, start + head + size * count, size):
-        number, kind = struct.unpack_from(order + "HH", data, at)
-        if number == tag:
-            struct.pack_into(order + {1: "B", 3: "H", 4: "I"}[kind], data, at + size - (8 if is_big else 4), value)
-            break
-    return bytes(data)
 
 
 def _what_is_no_file(path: Path) -> str:

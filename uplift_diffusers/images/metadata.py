@@ -39,6 +39,9 @@ MAX_SIDE_BYTES = 32 * 2**20
 _MAX_SEGMENT = 65533
 """Largest JPEG segment in bytes, without its length field."""
 
+_MAX_JPEG_PROFILE = 255 * (_MAX_SEGMENT - 14)
+"""Largest colour profile of a JPEG in bytes: as many segments as a byte counts."""
+
 _READABLE_TEXT = 2**20
 """Longest compressed text in bytes that readers such as Pillow accept; longer ones are written uncompressed."""
 
@@ -61,7 +64,7 @@ _STORAGE_TAGS = (
 )
 """Main tags on how the pixels were stored."""
 
-_TRANSFER_FUNCTION = 301
+_DESCRIPTION, _TRANSFER_FUNCTION = 270, 301
 
 _SIZE_TAGS = (0x9102, 0x9214, 0xA002, 0xA003, 0xA20E, 0xA20F, 0xA210, 0xA214, 0x1001, 0x1002)
 """Tags in units of the original's pixels: its size, positions in it and its density on the sensor."""
@@ -75,7 +78,12 @@ _COLOR_TAGS = (0xA001, 0xA500, 0x012D, 0x013E, 0x013F)
 """Tags on the colour space of the pixel values, besides the interoperability directory."""
 
 _XMP_NOTES: tuple[tuple[str, str | None, str | None], ...] = (
-    ("http://ns.adobe.com/tiff/1.0/", "Orientation|ImageWidth|ImageLength", None),
+    (
+        "http://ns.adobe.com/tiff/1.0/",
+        "Orientation|ImageWidth|ImageLength|BitsPerSample|SamplesPerPixel|Compression|PhotometricInterpretation",
+        None,
+    ),
+    ("http://www.metadataworkinggroup.com/schemas/regions/", "AppliedToDimensions", None),
     ("http://ns.adobe.com/exif/1.0/", "PixelXDimension|PixelYDimension", None),
     ("http://ns.adobe.com/xap/1.0/", "Thumbnails", None),
     ("http://ns.adobe.com/xmp/note/", "HasExtendedXMP", None),
@@ -88,6 +96,12 @@ _XMP_NOTES: tuple[tuple[str, str | None, str | None], ...] = (
     ("http://ns.google.com/photos/1.0/panorama/", "[A-Za-z]*Pixels", "panorama's sizes in pixels"),
 )
 """XMP that does not apply to the output: the namespace, the names in it (None: all), and what is reported."""
+
+_XMP_PLACES: tuple[tuple[str, str | None, str | None], ...] = (
+    ("http://www.metadataworkinggroup.com/schemas/regions/", "Regions", "list of face regions, which turning moves,"),
+    ("http://ns.microsoft.com/photo/1.2/", "RegionInfo", "list of face regions, which turning moves,"),
+)
+"""In the same way, XMP that does not apply to an image that was turned."""
 
 _SRGB_CHROMATICITIES = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
 
@@ -143,6 +157,11 @@ class _Reading:
         if sentence not in self.losses:
             self.losses = (*self.losses, sentence)
 
+    def lose_aspect(self, x: int, y: int) -> None:
+        """A density without a unit: it says how wide a pixel is."""
+        if x != y:
+            self.lose(f"its pixels are not square (density {x}:{y}), which is left out.")
+
     def take_exif(self, data: bytes) -> None:
         try:
             self.exif = parse_exif(data)
@@ -158,6 +177,10 @@ class _Reading:
                 self.lose(f"damaged EXIF tags are left out: {_shortened(names)}.")
             if _TRANSFER_FUNCTION in exif.main:
                 self.lose("its curve of brightness (TransferFunction) is left out.")
+            description = exif.main.get(_DESCRIPTION, Entry(2, 0, b"")).data
+            if description.startswith((b"ImageJ=", b'{"shape"')) or b"<OME" in description[:1000]:
+                self.lose("its ImageDescription, which is about the stored data (ImageJ, OME), is left out.")
+                exif = exif.without(_DESCRIPTION)
             if exif.main.keys() & set(_MAP_TAGS):
                 self.lose("its georeferencing (GeoTIFF), which is in pixels, is left out.")
             offsets = [tag for tag, entry in exif.main.items() if entry.kind in (13, 18)]
@@ -169,7 +192,7 @@ class _Reading:
                 exif = None  # a TIFF file has its resolution there
         xmp = self.xmp
         if xmp:
-            xmp, left_out = clean_xmp(xmp)
+            xmp, left_out = clean_xmp(xmp, is_turned=orientation != 1)
             for thing in left_out:
                 self.lose(f"its {thing} is left out.")
         resources = photoshop_resources(self.photoshop)
@@ -215,6 +238,8 @@ def read_jpeg_metadata(parts: JpegParts, info: Mapping[Any, Any]) -> tuple[Metad
             reading.lose("its content credentials (C2PA), which hold for the original only, are left out.")
         elif marker == 0xFE:
             reading.comments += (data,)
+    if info.get("jfif_unit") == 0:
+        reading.lose_aspect(*info["jfif_density"])
     if exif:
         reading.take_exif(exif)
     if profile_parts:
@@ -256,16 +281,19 @@ def read_png_metadata(parts: PngParts, info: Mapping[Any, Any]) -> tuple[Metadat
             if profile is None:
                 reading.lose("its colour profile is damaged and is left out.")
             reading.icc_profile = profile
-        elif name == b"pHYs" and len(data) == 9 and data[8] == 1:
-            x, y = struct.unpack(">II", data[:8])
-            reading.dpi = (x * 0.0254, y * 0.0254)
+        elif name == b"pHYs" and len(data) == 9:
+            x, y, unit = struct.unpack(">IIB", data)
+            if unit == 1:
+                reading.dpi = (x * 0.0254, y * 0.0254)
+            else:
+                reading.lose_aspect(x, y)
         elif len(data) == {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"cICP": 4}.get(name):
-            reading.color_chunks = {**(reading.color_chunks or {}), name: data}
+            reading.color_chunks = {name: data, **(reading.color_chunks or {})}  # of two, the first one holds
         elif name in (b"gAMA", b"cHRM", b"sRGB", b"cICP"):
             reading.lose(f"its chunk {name.decode()} is damaged and is left out.")
         elif name == b"caBX":
             reading.lose("its content credentials (C2PA), which hold for the original only, are left out.")
-        elif name == b"acTL" and len(data) == 8 and struct.unpack(">I", data[:4])[0] > 1:
+        elif name == b"fdAT":
             reading.lose("only the first frame of the animation is upscaled.")
     reading.texts = tuple(texts)
     for name in parts.damaged:
@@ -296,7 +324,7 @@ def read_other_metadata(image: Image.Image, head: bytes) -> tuple[Metadata, int,
 
     Args:
         image: as opened by Pillow.
-        head: the first bytes of the file.
+        head: the first bytes of the file, or the whole file of a JPEG 2000, which has metadata at its end too.
     """
     info = image.info
     reading = _Reading(dpi=_info_dpi(info), icc_profile=_bytes(info.get("icc_profile")), xmp=_bytes(info.get("xmp")))
@@ -322,10 +350,16 @@ def read_other_metadata(image: Image.Image, head: bytes) -> tuple[Metadata, int,
             reading.lose("its colour profile, which is another file, is left out.")
     elif image.format == "JPEG2000":
         reading.icc_profile = reading.icc_profile or _jp2_profile(head)
+        reading.xmp = _jp2_block(head, bytes.fromhex("be7acfcb97a942e89c71999491e3afac"))
+        reading.iptc = _jp2_block(head, bytes.fromhex("33c7a4d2b81d4723a0baf1a3e097ad38"))
+        if exif := _jp2_block(head, b"JpgTiffExif->JP2"):
+            reading.take_exif(exif)
     elif image.format == "QOI" and head[13:14] == b"\1":
         reading.color_chunks = {b"gAMA": struct.pack(">I", 100_000)}  # linear
     elif image.format in ("AVIF", "HEIF"):
         reading.color_chunks = _nclx(head)
+    if (bits := _bits(image.format, head)) > 8 and image.mode != "I;16":
+        reading.lose(f"its {bits}-bit colour becomes 8-bit.")
     if image.format != "PSD" and getattr(image, "is_animated", False):
         reading.lose("only the first of several images is upscaled.")
     return reading.finish()
@@ -348,7 +382,9 @@ def fit_metadata(
         return file_format in KEPT[kind]
 
     space = _space_of(metadata.icc_profile) if metadata.icc_profile else ""
-    if space and not holds("colour profile"):
+    if space and (
+        not holds("colour profile") or (file_format == "JPEG" and len(metadata.icc_profile or b"") > _MAX_JPEG_PROFILE)
+    ):
         lost.append("colour profile")
         metadata = replace(metadata, icc_profile=None)
     elif space and space != ("GRAY" if is_grey else "RGB"):
@@ -370,9 +406,11 @@ def fit_metadata(
     ):
         lost.append("IPTC data")
         metadata = replace(metadata, iptc=None)
-    if metadata.comments and not holds("comment"):
+    longest = (_MAX_SEGMENT if file_format == "JPEG" else MAX_SIDE_BYTES) if holds("comment") else -1
+    comments = tuple(comment for comment in metadata.comments if len(comment) <= longest)
+    if comments != metadata.comments:
         lost.append("comment")
-        metadata = replace(metadata, comments=())
+        metadata = replace(metadata, comments=comments)
     if metadata.texts and not holds("PNG text"):
         keywords = dict.fromkeys(data.split(b"\0", 1)[0].decode("latin-1") for _, data in metadata.texts)
         lost.append(f"PNG text ({_shortened(', '.join(map(_printable, keywords)))})")
@@ -411,7 +449,7 @@ def save_options(metadata: Metadata, file_format: str) -> dict[str, Any]:
             segments.append((0xE1, b"http://ns.adobe.com/xap/1.0/\0" + metadata.xmp))
         if metadata.iptc:
             segments.append((0xED, b"Photoshop 3.0\0" + photoshop_block({_IPTC: metadata.iptc})))
-        segments += [(0xFE, comment[:_MAX_SEGMENT]) for comment in metadata.comments]
+        segments += [(0xFE, comment) for comment in metadata.comments]
         options["extra"] = b"".join(
             bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data for marker, data in segments
         )
@@ -440,7 +478,7 @@ def finish_tiff(data_at: exif_data.ReadAt, length: int, metadata: Metadata) -> b
     return replace(exif, main={**exif.main, **extra, **written.main}).directories_at(length)
 
 
-def clean_xmp(packet: bytes) -> tuple[bytes, list[str]]:
+def clean_xmp(packet: bytes, *, is_turned: bool = False) -> tuple[bytes, list[str]]:
     """
     An XMP packet in UTF-8 without what does not apply to the upscaled, upright image.
 
@@ -455,7 +493,7 @@ def clean_xmp(packet: bytes) -> tuple[bytes, list[str]]:
         except UnicodeDecodeError:
             return b"", ["XMP, which is damaged,"]
     packet, left_out = packet.rstrip(b"\0"), []
-    for uri, names, thing in _XMP_NOTES:
+    for uri, names, thing in (*_XMP_NOTES, *(_XMP_PLACES if is_turned else ())):
         pattern = rb"xmlns:([A-Za-z_][\w.-]*)\s*=\s*[\"']" + re.escape(uri.encode()) + rb"[\"']"
         for prefix in list(dict.fromkeys(found[1] for found in re.finditer(pattern, packet)))[:4]:
             packet, count = _without(packet, prefix, (names or r"[\w.-]+").encode())
@@ -596,8 +634,10 @@ def _color_meaning(metadata: Metadata) -> str:
     """The colour space in PNG chunks if it is not sRGB and nothing else in the file defines one; else empty."""
     chunks = metadata.color_chunks or {}
     if cicp := chunks.get(b"cICP"):
-        is_srgb = cicp[0] in (1, 2) and cicp[1] in (1, 2, 6, 13, 14, 15)
-        return "" if is_srgb else f"the primaries {cicp[0]} and the transfer function {cicp[1]} of cICP"
+        if cicp[0] in (1, 2) and cicp[1] in (1, 2, 6, 13, 14, 15) and cicp[3]:
+            return ""
+        narrow = "" if cicp[3] else " (in a narrow range)"
+        return f"the primaries {cicp[0]} and the transfer function {cicp[1]} of cICP{narrow}"
     if metadata.icc_profile or b"sRGB" in chunks:
         return ""
     meanings = []
@@ -663,6 +703,28 @@ def _jp2_profile(head: bytes) -> bytes | None:
         return None
     (size,) = struct.unpack_from(">I", head, at - 4)
     return head[at + 7 : at - 4 + size] or None
+
+
+def _jp2_block(data: bytes, name: bytes) -> bytes | None:
+    """The content of the box of a JPEG 2000 file with a `name` of 16 bytes."""
+    at = data.find(b"uuid" + name)
+    if at < 4:
+        return None
+    (size,) = struct.unpack_from(">I", data, at - 4)
+    return data[at + 20 : at - 4 + size if size else None] or None
+
+
+def _bits(file_format: str | None, head: bytes) -> int:
+    """Bits of a channel of a JPEG 2000, AVIF or HEIC file; 8 for other formats."""
+    mark, place = {"JPEG2000": (b"\xff\x4f\xff\x51", 42), "AVIF": (b"av1C", 6), "HEIF": (b"hvcC", 21)}.get(
+        file_format or "", (b"", 0)
+    )
+    at = head.find(mark) + place
+    if not mark or not place <= at < len(head):
+        return 8
+    if file_format == "AVIF":
+        return 8 if not head[at] & 0x40 else 12 if head[at] & 0x20 else 10
+    return (head[at] & 127) + 1 if file_format == "JPEG2000" else (head[at] & 7) + 8
 
 
 def _nclx(head: bytes) -> dict[bytes, bytes] | None:
