@@ -154,6 +154,38 @@ def test_a_timm_model_of_convolutions_gives_its_last_map_normalised_by_its_own_m
     assert FeatureSpace.of(wrapper).patch_size == 16
 
 
+SWIN = {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "strict_img_size": False}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_args", "channels"),
+    [
+        ("swin_tiny_patch4_window7_224", SWIN, 64),
+        ("swin_tiny_patch4_window7_224", {**SWIN, "features_only": True}, 64),
+        ("vit_tiny_r_s16_p8_224", {"depth": 1, "dynamic_img_size": True}, 192),
+        ("resnet18", {}, 512),
+    ],
+)
+def test_features_of_hierarchical_networks_have_their_channels_first(architecture, model_args, channels):
+    wrapper = timm_wrapper(architecture, model_args)
+    backbone = FeatureBackbone(wrapper)
+    assert (backbone.space.channels, backbone.space.patch_size) == (channels, 32)
+    assert backbone.encode(smooth_images(2, 192, 256)).shape == (2, channels, 6, 8)
+
+
+def test_a_timm_model_of_one_size_is_refused_if_it_has_no_other():
+    with pytest.raises(ValueError, match=r"^`model` must take images of any size, got a timm model of one size"):
+        FeatureBackbone(timm_wrapper("cait_xxs24_224", {"embed_dim": 8, "depth": 1, "num_heads": 2}))
+
+
+def test_a_timm_network_of_convolutions_is_loaded_as_it_is(tmp_path):
+    wrapper = timm_wrapper("resnet18", {"channels": (8, 8, 8, 8)})
+    wrapper.save_pretrained(tmp_path)
+    image = smooth_images(1, 64, 96)
+    loaded = FeatureBackbone.from_pretrained(tmp_path)
+    assert torch.equal(loaded.encode(image), FeatureBackbone(wrapper).encode(image))
+
+
 def test_each_side_goes_to_the_nearest_multiple_of_the_patch():
     backbone = FeatureBackbone(make_dinov2())
     assert backbone.encode(smooth_images(1, 20, 50)).shape == (1, WIDTH, 1, 4)

@@ -90,11 +90,11 @@ class FeatureSpace:
         if config.model_type == "timm_wrapper":
             architecture = config.architecture.partition(".")[0]
             is_changed = bool(set(config.model_args or {}) - {"dynamic_img_size"})
+            info = network.timm_model.feature_info
             if network.features_only:
-                info = network.timm_model.feature_info
                 channels, patch_size = info.channels()[-1], info.reduction()[-1]
-            else:
-                channels, patch_size = network.timm_model.num_features, network.timm_model.patch_embed.patch_size[0]
+            else:  # the patches of a hybrid or hierarchical network are not those of its `patch_embed`
+                channels, patch_size = network.timm_model.num_features, info[-1]["reduction"]
             known = None if is_changed else KNOWN_ARCHITECTURES.get(architecture)
             known = known or f"{architecture}-c{channels}-p{patch_size}"
         else:
@@ -165,16 +165,19 @@ class FeatureBackbone:
         network: Any = _supported(model)
         self.image_mean, self.image_std = IMAGE_NORMALIZATIONS[image_normalization or "imagenet"]
         self.has_cls_token, self.num_prefix_tokens = True, 1 + getattr(network.config, "num_register_tokens", 0)
+        self.channels_last = False  # whether its maps are (B, h, w, C), as Swin's are
         if network.config.model_type == "timm_wrapper":
             timm_model = network.timm_model
             if image_normalization is None:
                 own = getattr(network.config, "pretrained_cfg", None) or timm_model.pretrained_cfg
                 self.image_mean, self.image_std = tuple(own["mean"]), tuple(own["std"])
-            if not network.features_only and not timm_model.dynamic_img_size:
+            if any(getattr(module, "strict_img_size", False) for module in timm_model.modules()):
                 raise ValueError(
                     "`model` must take images of any size, got a timm model of one size. Load it with "
-                    "FeatureBackbone.from_pretrained, or with model_args={'dynamic_img_size': True} in its config."
+                    "FeatureBackbone.from_pretrained, or with model_args={'dynamic_img_size': True} in its config, "
+                    "if its architecture takes that."
                 )
+            self.channels_last = getattr(timm_model, "output_fmt", None) == "NHWC"
             self.has_cls_token = getattr(timm_model, "cls_token", None) is not None
             self.num_prefix_tokens = getattr(timm_model, "num_prefix_tokens", 0)
         if network.config.model_type == "dinov2":
@@ -207,18 +210,25 @@ class FeatureBackbone:
         config = AutoConfig.from_pretrained(path, **where)
         if config.model_type not in MODELS:
             raise TypeError(f"`{path}` must hold a model of type {_either(MODELS)}, got {config.model_type}.")
-        if config.model_type == "timm_wrapper" and not (config.model_args or {}).get("features_only"):
-            config.model_args = {**(config.model_args or {}), "dynamic_img_size": True}
-        # AutoModel, since the features of AutoBackbone are the same and transformers 5 cannot load it from a folder.
-        model, told = AutoModel.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # whose names transformers would not say
-            output_loading_info=True,
+        own_args = getattr(config, "model_args", None) or {}
+        if config.model_type == "timm_wrapper" and not own_args.get("features_only"):
+            config.model_args = {**own_args, "dynamic_img_size": True}
+        settings: dict[str, Any] = {
+            "config": config,
+            "dtype": dtype,
+            "use_safetensors": True,
+            "ignore_mismatched_sizes": True,  # whose names transformers would not say
+            "output_loading_info": True,
             **where,
-        )
+        }
+        # AutoModel, since the features of AutoBackbone are the same and transformers 5 cannot load it from a folder.
+        try:
+            model, told = AutoModel.from_pretrained(path, **settings)
+        except TypeError as error:
+            if "'dynamic_img_size'" not in str(error):
+                raise
+            config.model_args = own_args  # convolutions take any size without it
+            model, told = AutoModel.from_pretrained(path, **settings)
         missing = sorted(name for name in told["missing_keys"] if not name.endswith("mask_token"))  # for training only
         if missing:
             raise ValueError(f"the weights of `{path}` must have all tensors of the network, got no {missing[0]}.")
@@ -267,7 +277,7 @@ class FeatureBackbone:
         if isinstance(hidden, (list, tuple)):  # timm's `features_only`, one map for each of `out_indices`
             hidden = hidden[-1]
         if hidden.ndim == 4:
-            return EncodedImage(hidden, None)
+            return EncodedImage(hidden.movedim(-1, 1) if self.channels_last else hidden, None)
         cls_token = hidden[:, 0] if self.has_cls_token else None
         height, width = (size // self.space.patch_size for size in image.shape[2:])
         tokens = hidden[:, self.num_prefix_tokens :]  # (B, h * w, C)
