@@ -20,6 +20,7 @@ from torch.export import Dim
 from uplift_diffusers import UPLiFTModel, UPLiFTSuperResolutionPipeline, embedded_bundle
 from uplift_diffusers.latent_space import LatentCodec
 from uplift_diffusers.models.upsampler import StepNoise
+from uplift_diffusers.saving import check_output_path, make_writable_folder
 
 MAX_LATENTS = 4096
 """Largest supported edge, in latents."""
@@ -53,14 +54,19 @@ class ImageGraph(nn.Module):
 
 def export(model: str | os.PathLike, path: str | os.PathLike, *, num_steps: int, upsampler_only: bool) -> None:
     """
-    Write an ONNX file atomically.
+    Write an ONNX file atomically, into a folder that is made if needed.
 
     Args:
         model: a folder or repository: a UPLiFTSuperResolutionPipeline, or a UPLiFTModel with `upsampler_only`.
         path: path of the file.
         num_steps: number of 2x steps.
         upsampler_only: export without the VAE.
+    Raises:
+        OSError: the file cannot be written, which is found before the work; or the model cannot be loaded.
     """
+    path = Path(path)
+    check_output_path(path, overwrite=True)
+    make_writable_folder(path.parent)
     if upsampler_only:
         upsampler = UPLiFTModel.from_pretrained(model)
         graph = UpsamplerGraph(upsampler, num_steps)
@@ -101,7 +107,6 @@ def export(model: str | os.PathLike, path: str | os.PathLike, *, num_steps: int,
         verbose=False,
     )
     program.model.metadata_props.update(spatial_factor=str(factor), scale=str(2**num_steps))
-    path = Path(path)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         program.save(Path(folder) / path.name, external_data=False)
         os.replace(Path(folder) / path.name, path)

@@ -81,8 +81,8 @@ def test_the_benchmark_compares_the_two_and_times_the_start(bundle, capsys):
 def test_an_upsampler_takes_its_noise_as_inputs(tmp_path):
     upsampler = components.make_upsampler()
     upsampler.save_pretrained(tmp_path / "upsampler")
-    export(tmp_path / "upsampler", tmp_path / "upsampler.onnx", num_steps=2, upsampler_only=True)
-    session = open_session(tmp_path / "upsampler.onnx")
+    export(tmp_path / "upsampler", tmp_path / "new" / "upsampler.onnx", num_steps=2, upsampler_only=True)
+    session = open_session(tmp_path / "new" / "upsampler.onnx")
     assert session.get_modelmeta().custom_metadata_map.items() >= {"spatial_factor": "8", "scale": "4"}.items()
     raw_latents, image = torch.randn(1, 4, 5, 7), smooth_images(1, 40, 56)
     noise = list(upsampler.draw_noise(raw_latents, 2, None))
@@ -102,3 +102,9 @@ def test_what_is_no_bundle_leaves_no_file(tmp_path):
     with pytest.raises(OSError, match="model_index"):
         export(tmp_path / "upsampler", tmp_path / "out.onnx", num_steps=1, upsampler_only=False)
     assert not (tmp_path / "out.onnx").exists()
+
+
+def test_a_file_that_cannot_be_written_is_found_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "export", None)  # calling it would fail
+    with pytest.raises(FileExistsError, match="is not replaced"):
+        export(embedded_bundle(), tmp_path, num_steps=1, upsampler_only=False)
