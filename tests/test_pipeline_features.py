@@ -300,6 +300,11 @@ def test_a_pair_that_does_not_fit_is_refused():
             ValueError,
             "`output_size` must be 'pixels', None or a (height, width), got 'tokens'.",
         ),
+        (
+            {"output_size": np.array([4, 3])},
+            ValueError,
+            "`output_size` must be 'pixels', None or a (height, width), got array([4, 3]).",
+        ),
         ({"output_size": (0, 3)}, ValueError, "`output_size` must be a whole number of at least 1, got 0."),
         ({"output_size": (True, 3)}, TypeError, "`output_size` must be a whole number, got True."),
         ({"num_steps": 0}, ValueError, "`num_steps` must be a whole number of at least 1, got 0."),

@@ -192,7 +192,8 @@ class UPLiFTFeaturePipeline(DiffusionPipeline):
         if project is not None and output_type == "pil":
             raise ValueError("`head` must be None for `output_type` 'pil', which shows the features themselves.")
         image = read_batch(image)
-        size = size_of(image) if output_size == "pixels" else _read_size(output_size)
+        is_pixels = isinstance(output_size, str) and output_size == "pixels"
+        size = size_of(image) if is_pixels else _read_size(output_size)
         image = backbone.resize(image)  # (B, 3, p*h, p*w)
         num_steps = _read_num_steps(num_steps, image, patch_size=backbone.space.patch_size, size=size)
 
