@@ -1,6 +1,7 @@
 """Depths of a named model: made once, relative ones of median 1, and used by the depth task."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -59,6 +60,21 @@ def test_depths_are_predicted_once_and_relative_ones_have_median_1(scenes, model
     assert len(written) == 3
     data.predict()
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == written
+
+
+def test_depths_of_another_model_or_photograph_are_not_taken(scenes, model, tmp_path):
+    photograph, kept, trained = tmp_path / "scene.png", tmp_path / "kept", tmp_path / "trained"
+    shutil.copy(scenes / "train" / "images" / "scene0.png", photograph)
+    PredictedDepths([photograph], str(model), kept, size=48).predict()
+    shutil.copy(scenes / "train" / "images" / "scene1.png", photograph)
+    data = PredictedDepths([photograph], str(model), kept, size=48)
+    data.predict()
+    assert len(list(kept.iterdir())) == 2
+    data.model.head.conv3.bias.data += 1
+    for part in (data.model, data.processor):
+        part.save_pretrained(trained)
+    PredictedDepths([photograph], str(trained), kept, size=48).predict()
+    assert len(list(kept.iterdir())) == 3
 
 
 def test_the_depth_task_says_how_its_targets_were_scored(scenes, model, tmp_path, monkeypatch):

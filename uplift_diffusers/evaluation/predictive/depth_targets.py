@@ -18,13 +18,15 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
 from uplift_diffusers.evaluation.predictive.datasets import IMAGE_SIZE, Squares
+from uplift_diffusers.evaluation.records import digest, digest_weights
 
 
 class PredictedDepths(Dataset):
     """
     Squares of photographs with depths predicted by a model.
 
-    Predictions are made on first use and stored in `folder`.
+    Predictions are made on first use and stored in `folder`, under names that depend on the model's weights, the
+    photograph's name and length, and the size.
 
     Args:
         images: photographs.
@@ -46,6 +48,9 @@ class PredictedDepths(Dataset):
         self.squares, self.folder, self.device = Squares(images, size=size), Path(folder), device
         self.processor = AutoImageProcessor.from_pretrained(model)
         self.model = AutoModelForDepthEstimation.from_pretrained(model, use_safetensors=True).eval().to(device)
+        made_of = [digest_weights([self.model]), size]
+        names = [f"{path.stem}-{digest([*made_of, path.name, path.stat().st_size])}.npy" for path in images]
+        self.files = [self.folder / f"{index:06d}-{name}" for index, name in enumerate(names)]
 
     @property
     def is_metric(self) -> bool:
@@ -58,13 +63,13 @@ class PredictedDepths(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The image, (3, size, size) float in [0, 1], and its depths, (size, size) float32."""
         image = self.squares[index]
-        return image, torch.from_numpy(np.load(self._file(index)))
+        return image, torch.from_numpy(np.load(self.files[index]))
 
     def predict(self) -> None:
         """Make the missing predictions."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for index in tqdm(range(len(self)), desc="Depths", unit="image", disable=None, dynamic_ncols=True):
-            file = self._file(index)
+            file = self.files[index]
             if not file.is_file():
                 temporary = file.with_suffix(".part.npy")
                 np.save(temporary, self._predict(self.squares[index]).numpy())
@@ -76,7 +81,3 @@ class PredictedDepths(Dataset):
         depth = self.model(**inputs).predicted_depth[:, None]  # (1, 1, h, w)
         depth = F.interpolate(depth, size=image.shape[1:], mode="bilinear")[0, 0].float().cpu()
         return depth if self.is_metric else depth / depth.median().clamp_min(1e-6)
-
-    def _file(self, index: int) -> Path:
-        path = self.squares.images[index]
-        return self.folder / f"{index:06d}-{path.stem}.npy"
