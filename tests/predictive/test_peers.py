@@ -123,6 +123,24 @@ def test_any_peer_takes_any_size(name):
     assert result.isfinite().all()
 
 
+@pytest.mark.parametrize("name", sorted(PEERS.keys() - {"loftup"}))
+def test_half_precision_gives_nearly_the_same(name):
+    torch.manual_seed(0)
+    features, image = torch.randn(1, 32, 9, 10), torch.rand(1, 3, 126, 140)
+    model = load_peer(name, channels=32)
+    expected = model.upsample(features, image, (30, 37))
+    actual = model.bfloat16().upsample(features.bfloat16(), image, (30, 37))
+    assert actual.dtype == torch.bfloat16
+    assert (actual - expected).norm() < 0.05 * expected.norm()
+
+
+def test_loftup_is_refused_in_half_precision():
+    with pytest.raises(ValueError, match=r"^`features` must be float32 for LoftUp, got torch.bfloat16\."):
+        load_peer("loftup", channels=32).bfloat16().upsample(
+            torch.randn(1, 32, 9, 9).bfloat16(), torch.rand(1, 3, 126, 126), (18, 18)
+        )
+
+
 @pytest.mark.parametrize("name", ["lift", "jafar", "anyup", "naf"])
 def test_gradients_reach_every_parameter_that_has_influence(name):
     dead = ("norm_v", "v_proj_weight", "out_proj")

@@ -55,7 +55,8 @@ def resize(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Resize bilinearly, antialiased when downsampling; returns the same tensor if the size is already right."""
     if tuple(x.shape[2:]) == tuple(size):
         return x
-    return F.interpolate(x, size=size, mode="bilinear", antialias=True)
+    # In float32: on a CPU there is no antialiasing in half precision.
+    return F.interpolate(x.float(), size=size, mode="bilinear", antialias=True).to(x.dtype)
 
 
 def doublings(tokens: tuple[int, int], size: tuple[int, int]) -> int:

@@ -32,6 +32,8 @@ class LoftUp(FeatureUpsampler):
         channels: C, the channels of the features.
         query_chunk: pixels per attention chunk; None for all, as published. The result is the same; the
             scores take 4 * query_chunk * T numbers.
+    Raises:
+        ValueError: the features are in half precision.
     Source: Huang et al. 2025, "LoftUp: Learning a Coordinate-Based Feature Upsampler for Vision Foundation Models",
         section 3.1. Frequencies and the layout of the phases are those of the published code.
     """
@@ -43,6 +45,8 @@ class LoftUp(FeatureUpsampler):
         self.query_chunk = query_chunk
 
     def forward(self, features: torch.Tensor, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        if features.dtype in (torch.float16, torch.bfloat16):  # one rounding moves a sine of 22,026 x by several turns
+            raise ValueError(f"`features` must be float32 for LoftUp, got {features.dtype}. Convert its network, too.")
         return self.upsampler(self.channelnorm(features), resize(image, size), self.query_chunk)
 
 
