@@ -5,13 +5,14 @@ import re
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
-from tests.predictive.parts import TinyBackbone, tiny_uplift, write_scenes
+from tests.predictive.parts import CHANNELS, TinyBackbone, tiny_uplift, write_scenes
 from uplift_diffusers.evaluation.predictive import tasks
 from uplift_diffusers.evaluation.predictive.evaluate import main
-from uplift_diffusers.evaluation.predictive.peers import PEERS
+from uplift_diffusers.evaluation.predictive.peers import PEERS, load_peer
 from uplift_diffusers.evaluation.predictive.scaling import count_flop
 
 
@@ -174,6 +175,50 @@ def test_a_wrong_label_is_found_before_a_probe_is_trained(backbone, tmp_path, ca
     assert call("segmentation", tmp_path / "report", *COMMON, *folders(scenes), "--num_classes", 3) == 1
     assert capsys.readouterr().err.splitlines()[-1].endswith("must have labels of the 3 classes, got the value 9.")
     assert backbone.seen == []
+
+
+def test_a_label_of_another_size_is_found_before_a_probe_is_trained(backbone, tmp_path, capsys):
+    scenes = write_scenes(tmp_path / "scenes")
+    label = sorted((scenes / "val" / "labels").iterdir())[-1]
+    Image.open(label).crop((0, 0, 20, 20)).save(label)
+    assert call("segmentation", tmp_path / "report", *COMMON, *folders(scenes), "--num_classes", 3) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"`{label}` must have the size of its photograph, ")
+    assert backbone.seen == []
+
+
+def test_depths_in_another_unit_are_found_before_a_probe_is_trained(backbone, tmp_path, capsys):
+    scenes = write_scenes(tmp_path / "scenes")
+    for file in (scenes / "val" / "depths").iterdir():
+        np.save(file, 1000 * np.load(file))
+    assert call("depth", tmp_path / "report", *COMMON, *folders(scenes, "depths")) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("`val_targets` must have depths between 1 mm and 10 m, got none in any file for 1 units")
+    assert backbone.seen == []
+
+
+@pytest.mark.parametrize("content", [b"", b"no array"])
+def test_a_damaged_depth_is_named(content, backbone, tmp_path, capsys):
+    scenes = write_scenes(tmp_path / "scenes")
+    file = sorted((scenes / "val" / "depths").iterdir())[-1]
+    file.write_bytes(content)
+    assert call("depth", tmp_path / "report", *COMMON, *folders(scenes, "depths")) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"`{file}` must be a file that can be read, got: ")
+
+
+def test_too_few_tokens_for_one_upsampler_are_found_before_the_first_is_measured(
+    scenes, backbone, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(tasks, "fit", None)  # calling it would fail
+    safetensors.torch.save_file(load_peer("naf", channels=CHANNELS).state_dict(), tmp_path / "naf.safetensors")
+    options = [*COMMON, *folders(scenes), "--num_classes", 3, "--upsamplers", "nearest", f"naf={tmp_path}"]
+    assert call("segmentation", tmp_path / "report", *options) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("`features` must have at least 9 tokens a side")
+
+
+def test_a_seed_that_intervals_do_not_take_is_refused_at_once(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        call("cost", tmp_path / "report", "--seed", -1)
+    assert "--seed: must be a whole number of at least 0, got '-1'" in capsys.readouterr().err
 
 
 def test_what_a_reading_process_finds_wrong_is_one_sentence(backbone, tmp_path, capsys):

@@ -357,7 +357,7 @@ def _build_parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="see below (default: all built-in methods)")
     parser.add_argument("--scales", type=int, nargs="+", default=[2, 4], choices=range(2, 17), metavar="N")
     parser.add_argument("--limit", type=_positive, help="use only the first N photographs or prompts")
-    parser.add_argument("--seed", type=int, default=0, help="seed of noise, patches and intervals (default: 0)")
+    parser.add_argument("--seed", type=_count, default=0, help="seed of noise, patches and intervals (default: 0)")
     parser.add_argument("--output_dir", type=Path, help="folder for the report and the measurements")
     parser.add_argument("--fresh", action="store_true", help="ignore the measurements in OUTPUT_DIR/records")
     parser.add_argument(

@@ -1,6 +1,7 @@
 """Photographs with labels or depths for every pixel, in the published layouts of the data sets."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from uplift_diffusers.images.files import find_image_files, open_image
+from uplift_diffusers.wording import reason
 
 IGNORED = 255
 """The class of pixels that are ignored in training and scores."""
@@ -78,17 +79,6 @@ class LabelledImages(Dataset):
 
     def __init__(self, pairs: Sequence[Pair], classes: Classes, *, size: int = IMAGE_SIZE):
         self.pairs, self.classes, self.size = list(pairs), classes, size
-
-    def check_labels(self) -> None:
-        """
-        Read every label, so that a wrong one is found before a probe is trained for hours.
-
-        Raises:
-            ValueError: a value that is no class.
-            OSError: a file cannot be read.
-        """
-        for pair in tqdm(self.pairs, desc="Labels", unit="file", disable=None, dynamic_ncols=True):
-            read_label(pair.target, self.classes)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -223,9 +213,9 @@ def read_label(path: Path, classes: Classes) -> np.ndarray:
     (H, W) uint8, the class of every pixel.
 
     Raises:
-        ValueError: the file is not a label image, or has values that are not classes.
+        ValueError: the file is damaged, not a label image, or has values that are not classes.
     """
-    with Image.open(path) as file:
+    with _naming(path), Image.open(path) as file:
         values = np.array(file)  # of a palette image its indices
     if values.ndim != 2 or values.dtype.kind not in "uib":
         raise ValueError(f"`{path}` must have one whole number per pixel, got an image of mode {file.mode}.")
@@ -244,17 +234,27 @@ def read_depth(path: Path) -> np.ndarray:
     (H, W) float32 in the file's units; values that are negative or not finite become 0.
 
     Raises:
-        ValueError: the file has another shape.
+        ValueError: the file is damaged, or has another shape.
     """
-    if path.suffix == ".npy":
-        depth = np.load(path, allow_pickle=False)
-    else:
-        with Image.open(path) as file:
-            depth = np.array(file)
+    with _naming(path):
+        if path.suffix == ".npy":
+            depth = np.load(path, allow_pickle=False)
+        else:
+            with Image.open(path) as file:
+                depth = np.array(file)
     if depth.ndim != 2:
         raise ValueError(f"`{path}` must have one depth per pixel, got the shape {depth.shape}.")
     depth = depth.astype(np.float32)
     return np.where(np.isfinite(depth) & (depth > 0), depth, 0).astype(np.float32)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file in the errors of Pillow and numpy, which are of many kinds for a damaged file."""
+    try:
+        yield
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        raise ValueError(f"`{path}` must be a file that can be read, got: {reason(error)}") from error
 
 
 def square(image: torch.Tensor, size: int) -> torch.Tensor:

@@ -84,7 +84,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--query_chunk", type=_positive, help="positions per chunk in attention to all tokens")
     parser.add_argument("--device", help="default: cpu")
     parser.add_argument("--fresh", action="store_true", help="ignore existing records")
-    parser.add_argument("--seed", type=int, help="seed of probes and intervals (default: 0)")
+    parser.add_argument("--seed", type=_not_negative, help="seed of probes and intervals (default: 0)")
 
     probes = parser.add_argument_group("segmentation, depth and drift")
     probes.add_argument("--backbone", metavar="DIR_OR_HUB_ID", help="the frozen backbone")
@@ -103,7 +103,7 @@ def _build_parser() -> argparse.ArgumentParser:
     probes.add_argument("--epochs", type=_positive, help="default: 20, depth 5")
     probes.add_argument("--learning_rate", type=float, help="default: 5e-4, depth 5e-3")
     probes.add_argument("--batch_size", type=_positive, help="default: 2")
-    probes.add_argument("--num_workers", type=int, help="processes that read images (default: 0)")
+    probes.add_argument("--num_workers", type=_not_negative, help="processes that read images (default: 0)")
     probes.add_argument("--num_steps", type=_positive, help="2x steps of --task drift (default: 4)")
 
     cost = parser.add_argument_group("cost")
@@ -122,4 +122,10 @@ def _build_parser() -> argparse.ArgumentParser:
 def _positive(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def _not_negative(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
     return int(text)

@@ -123,6 +123,11 @@ def segmentation_loss(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor
     return F.cross_entropy(logits, label, ignore_index=IGNORED)
 
 
+def has_depth(target: torch.Tensor) -> torch.Tensor:
+    """Where a pixel has a depth that counts."""
+    return (target > NEAREST_DEPTH) & (target < FARTHEST_DEPTH)
+
+
 def depth_loss(depth: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """
     The scale-invariant loss plus half the loss of the gradients, both of logarithms, at (B, H, W) pixels with a depth.
@@ -130,7 +135,7 @@ def depth_loss(depth: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     Source: Eigen et al. 2014, equation 4, weighted as in DINOv2: the root of variance + 0.15 mean^2; Li and Snavely
         2018, equation 5, for the gradients.
     """
-    valid = (target > NEAREST_DEPTH) & (target < FARTHEST_DEPTH)
+    valid = has_depth(target)
     if valid.sum() < 2:
         return depth.sum() * 0
     difference = torch.log(depth + _EPSILON) - torch.log(target.clamp_min(0) + _EPSILON)
@@ -300,7 +305,7 @@ def score_depth(depth: torch.Tensor, target: torch.Tensor, *, aligned: bool) -> 
     Returns:
         None if no pixel counts.
     """
-    valid = (target > NEAREST_DEPTH) & (target < FARTHEST_DEPTH)
+    valid = has_depth(target)
     if not valid.any():
         return None
     depth, target = depth[valid].double(), target[valid].double()

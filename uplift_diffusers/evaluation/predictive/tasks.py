@@ -3,7 +3,7 @@
 import math
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import numpy as np
 import torch
 import torchvision
 import transformers
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 
 from uplift_diffusers._version import __version__
 from uplift_diffusers.evaluation.predictive.datasets import (
@@ -35,6 +36,7 @@ from uplift_diffusers.evaluation.predictive.probes import (
     count_segmentation,
     depth_loss,
     fit,
+    has_depth,
     measure_depth,
     segmentation_loss,
 )
@@ -159,7 +161,8 @@ def open_labels(request: Request) -> tuple[LabelledImages, LabelledImages]:
         parts = [LabelledImages(pairs, classes, size=size) for pairs in _folder_pairs(request, (".png",))]
     for part in parts:
         part.pairs = part.pairs[: request.limit]
-        part.check_labels()
+        for _ in _read_targets(part, request):
+            pass
     return parts[0], parts[1]
 
 
@@ -171,6 +174,13 @@ def open_depths(request: Request) -> tuple[Dataset, Dataset]:
         pairs = [part[: request.limit] for part in _folder_pairs(request, (".npy", ".png"))]
         units = 1.0 if request.units_per_metre is None else request.units_per_metre
         train, val = (DepthImages(part, units_per_metre=units, size=size) for part in pairs)
+        for name, part in (("train_targets", train), ("val_targets", val)):
+            known = [bool(has_depth(target).any()) for target in _read_targets(part, request)]  # of every file
+            if not any(known):
+                raise ValueError(
+                    f"`{name}` must have depths between 1 mm and 10 m, got none in any file for {units:g} units per "
+                    "metre. Pass another units_per_metre, such as 1000 for millimetres."
+                )
         return train, val
     _refuse(request, ("train_targets", "val_targets", "units_per_metre"), "for depths of a model")
     _check_folders(request, with_targets=False)
@@ -182,6 +192,18 @@ def open_depths(request: Request) -> tuple[Dataset, Dataset]:
         kept = request.output_dir / "depths" / place
         parts.append(PredictedDepths(images, request.depth_model, kept, size=size, device=request.device))
     return parts[0], parts[1]
+
+
+def _read_targets(part: Dataset, request: Request) -> Iterator[torch.Tensor]:
+    """
+    Read all files of a split, so that a wrong one is found before a probe is trained for hours.
+
+    Raises:
+        ValueError, OSError: a photograph or its target cannot be read, or they do not fit each other.
+    """
+    loader = DataLoader(part, batch_size=None, num_workers=request.num_workers)
+    for _, target in tqdm(loader, desc="Files", unit="file", disable=None, dynamic_ncols=True):
+        yield target
 
 
 def run_segmentation(
@@ -368,14 +390,17 @@ def _measure_all(
         "device": torch.device(request.device).type,
         "versions": _versions(),
     }
-    records = {}
+    entries = {}
     for name, upsampler in upsamplers.items():
         made_of = [type(upsampler).__name__, digest_weights([upsampler])] if upsampler is not None else None
-        entry = Entry(request.task, name, {**common, "upsampler": made_of})
-        if request.fresh or not store.holds(entry):
-            store.write(entry, measure(name))
-        records[name] = store.read(entry)
-    return records
+        entries[name] = Entry(request.task, name, {**common, "upsampler": made_of})
+    missing = [name for name, entry in entries.items() if request.fresh or not store.holds(entry)]
+    for name in missing:  # the last one that cannot take images of this size is found before the first is measured
+        image = torch.zeros(1, 3, request.image_size, request.image_size)
+        FeatureSource(backbone, upsamplers[name], device=request.device)(image)
+    for name in missing:
+        store.write(entries[name], measure(name))
+    return {name: store.read(entry) for name, entry in entries.items()}
 
 
 def _data_identity(data: Any) -> list:
