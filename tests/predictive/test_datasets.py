@@ -144,6 +144,17 @@ def test_labels_of_another_size_are_refused(tmp_path):
         data[0]
 
 
+def test_suffixes_of_targets_may_be_upper_case(tmp_path):
+    write_scenes(tmp_path, train=1, val=1)
+    for part, suffix in (("images", "PNG"), ("labels", "PNG"), ("depths", "NPY")):
+        (file,) = (tmp_path / "train" / part).iterdir()
+        file.rename(file.with_suffix(f".{suffix}"))
+    for part, suffix in (("labels", ".png"), ("depths", ".npy")):
+        pairs = pair_folders(tmp_path / "train/images", tmp_path / "train" / part, suffixes=(suffix,))
+        data = DepthImages(pairs) if part == "depths" else LabelledImages(pairs, Classes.in_order(3))
+        assert len(data[0][1].unique()) == 3
+
+
 def test_folders_that_do_not_fit_are_refused_in_one_sentence(tmp_path):
     write_scenes(tmp_path, train=2, val=3)
     with pytest.raises(FileNotFoundError, match="got none for 1 of 3, the first of them scene2"):

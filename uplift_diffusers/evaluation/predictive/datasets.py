@@ -160,6 +160,8 @@ def pair_folders(images: str | Path, targets: str | Path, *, suffixes: Sequence[
     """
     Pair the photographs below one folder with the files of the same relative name below another.
 
+    Suffixes are lower case or upper case, as those of photographs.
+
     Raises:
         FileNotFoundError: a folder is missing or empty, the two do not match, or a photograph has no target.
     """
@@ -171,7 +173,8 @@ def pair_folders(images: str | Path, targets: str | Path, *, suffixes: Sequence[
     pairs, missing = [], []
     for image in found:
         name = image.relative_to(images).with_suffix("")
-        candidates = [path for suffix in suffixes if (path := targets / f"{name}{suffix}").is_file()]
+        spellings = [spelling for suffix in suffixes for spelling in (suffix, suffix.upper())]
+        candidates = [path for suffix in spellings if (path := targets / f"{name}{suffix}").is_file()]
         pairs += [Pair(str(name), image, path) for path in candidates[:1]]
         missing += [] if candidates else [str(name)]
     if not pairs:
@@ -237,7 +240,7 @@ def read_depth(path: Path) -> np.ndarray:
         ValueError: the file is damaged, or has another shape.
     """
     with _naming(path):
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             depth = np.load(path, allow_pickle=False)
         else:
             with Image.open(path) as file:
