@@ -29,6 +29,7 @@ STAGES = [
     "upsampler_pixels",
     "upsampler",
     "upsampler_longer",
+    "upsampler_two_depths",
 ]
 
 
