@@ -301,9 +301,7 @@ def read_png_metadata(parts: PngParts, info: Mapping[Any, Any]) -> tuple[Metadat
     return reading.finish()
 
 
-def read_tiff_metadata(
-    first: Exif, second: Exif | None, info: Mapping[Any, Any]
-) -> tuple[Metadata, int, tuple[str, ...]]:
+def read_tiff_metadata(first: Exif, second: Exif | None) -> tuple[Metadata, int, tuple[str, ...]]:
     """As `read_jpeg_metadata`, for a TIFF file with these directories."""
 
     def data(tag: int) -> bytes:
