@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,6 +53,7 @@ from uplift_diffusers.images.tiff import (
     as_small_tiff,
     image_of_samples,
     numbers,
+    read_at,
     read_samples,
     tiff_directories,
 )
@@ -321,12 +323,8 @@ def _append_to_tiff(file: IO[bytes], metadata: Metadata) -> None:
     length = file.seek(0, os.SEEK_END)
     length += file.write(b"\0" * (length % 2))
 
-    def data_at(offset: int, size: int) -> bytes:
-        file.seek(offset)
-        return file.read(size)
-
-    order = "<" if data_at(0, 2) == b"II" else ">"
-    directories = finish_tiff(data_at, length, metadata)
+    order = "<" if read_at(file, 0, 2) == b"II" else ">"
+    directories = finish_tiff(partial(read_at, file), length, metadata)
     if directories is not None:
         file.seek(length)
         file.write(directories)

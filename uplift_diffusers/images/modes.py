@@ -60,7 +60,7 @@ def to_common_mode(
     Raises:
         ValueError: the pixels are floats, or integers that are not 16-bit values.
     """
-    mode, losses = image.mode, ()
+    mode = image.mode
     if mode == "F":
         raise ValueError("`image` must have 8- or 16-bit pixels, got floating-point ones (PIL mode F), whose range is "
                          "unknown. Pass an array in [0, 1].")  # fmt: skip
@@ -85,12 +85,10 @@ def to_common_mode(
             values = np.asarray(image)
             values = values[..., None] if values.ndim == 2 else values  # (H, W, channels)
             image.putalpha(Image.fromarray(np.where((values == color_key).all(axis=2), 0, 255).astype(np.uint8)))
-        return image, losses
+        return image, ()
     if mode in ("La", "LA"):
-        return image.convert("LA"), losses
-    if mode == "RGBa":
-        return image.convert("RGBA"), losses
-    return image.convert("RGBA" if image.has_transparency_data else "RGB"), losses
+        return image.convert("LA"), ()
+    return image.convert("RGBA" if mode == "RGBa" or image.has_transparency_data else "RGB"), ()
 
 
 def _cmyk_to_rgb(image: Image.Image, icc_profile: bytes | None) -> tuple[Image.Image, tuple[str, ...]]:

@@ -30,7 +30,7 @@ _BAND_BYTES = 2**24  # that are decoded at a time
 def tiff_directories(stream: IO[bytes]) -> tuple[Exif, Exif | None]:
     """The first two directories of a TIFF file, as `read_directories`."""
     length = stream.seek(0, os.SEEK_END)
-    return read_directories(lambda offset, size: _read_at(stream, offset, size), length)
+    return read_directories(lambda offset, size: read_at(stream, offset, size), length)
 
 
 def numbers(directory: Exif, tag: int, default: int) -> list[int]:
@@ -46,7 +46,7 @@ def as_small_tiff(stream: IO[bytes], directory: Exif) -> io.BytesIO:
     if len(offsets) != len(sizes) or sum(sizes) > stream.seek(0, os.SEEK_END):
         raise ValueError("its strips or tiles are not all there")
     main = {tag: entry for tag, entry in directory.main.items() if entry.kind < 13}  # the others are of BigTIFF
-    return _file_of(directory.order, main, places, [_read_at(stream, *place) for place in zip(offsets, sizes)])
+    return _file_of(directory.order, main, places, [read_at(stream, *place) for place in zip(offsets, sizes)])
 
 
 def read_samples(stream: IO[bytes], first: Exif) -> np.ndarray | None:
@@ -105,7 +105,7 @@ def read_samples(stream: IO[bytes], first: Exif) -> np.ndarray | None:
         for index, length in enumerate(lengths, plane * count + start * across):
             if compression != _RAW:  # nothing sensible becomes twice as large
                 length = min(sizes[index] if index < len(sizes) and sizes[index] else 2**32, 2 * length + 1024)
-            parts.append(_read_at(stream, offsets[index], length))
+            parts.append(read_at(stream, offsets[index], length))
         data = _unpacked(parts, lengths, compression, row_bytes)
         array = np.frombuffer(data, f"{first.order}u{num_bytes}").reshape(lines, step, channels)
         if number(_PREDICTOR, 1) == 2 and compression in _WITH_PREDICTOR:  # differences along the rows
@@ -151,7 +151,8 @@ def _longs(order: str, values: list[int]) -> Entry:
     return Entry(LONG, len(values), struct.pack(f"{order}{len(values)}I", *values))
 
 
-def _read_at(stream: IO[bytes], offset: int, size: int) -> bytes:
+def read_at(stream: IO[bytes], offset: int, size: int) -> bytes:
+    """Bytes of a file, fewer at its end."""
     stream.seek(min(offset, 2**40))  # behind the end of any file
     return stream.read(size)
 
