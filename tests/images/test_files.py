@@ -321,6 +321,48 @@ def test_tiff_that_is_cut_off_within_its_last_row_is_refused():
         opened(moved[:-9])
 
 
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {"t273": [2**31]},
+        {"t273": [8, 8], "t278": [8]},  # one strip of three is missing
+        {"t278": [0]},
+        {"t322": [0], "t323": [16], "t324": [8], "t325": [768]},
+        {"t322": [60_000], "t323": [60_000], "t324": [8], "t325": [768]},
+        {"t284": [2], "t262": [2], "t277": [3], "t258": [8, 8, 8]},  # one plane of three is there
+        {"t257": [50_000], "t278": [1]},
+        {"t256": [0]},
+        {"t258": [65535]},
+        {"t258": [12]},
+        {"t277": [65535]},
+    ],
+)
+@pytest.mark.parametrize("compression", [1, 8])
+def test_tiff_that_contradicts_itself_is_refused_in_one_sentence(tags, compression):
+    with pytest.raises(ValueError, match=r"^(the image is |damaged, or |\d+-bit pixels)[^\n]*\.$"):
+        opened(tiff(np.zeros((24, 32), np.uint8), compression=compression, **tags))
+
+
+def test_pillows_limit_does_not_count_the_bytes_of_a_tiff(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 24)
+    assert difference(opened(encoded(picture(), "TIFF", compression="tiff_lzw")).image, picture()) == 0
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_a_tiff_that_is_read_in_parts_is_the_same(monkeypatch, planes):
+    values = np.random.default_rng(0).integers(0, 65536, (32, 48, 3), dtype=np.uint16)
+    strips = encoded(picture(64, 100), "TIFF", compression="tiff_lzw", tiffinfo={278: 3})
+    stored = np.moveaxis(values, 2, 0) if planes == 2 else values[None]
+    stored = stored.reshape(len(stored), 2, 16, 3, 16, -1).swapaxes(2, 3).reshape(values.shape)
+    size = 512 if planes == 2 else 1536
+    tags = {"t322": [16], "t323": [16], "t324": list(range(8, 8 + values.nbytes, size)), "t284": [planes]}
+    tags["t325"] = [size] * len(tags["t324"])
+    tiles = tiff(stored, photometric=2, **tags)
+    monkeypatch.setattr("uplift_diffusers.images.tiff._BAND_BYTES", 1)
+    assert difference(opened(strips).image, picture(64, 100)) == 0
+    assert np.abs(pixels(tiles) - values / 257).max() < 1
+
+
 def test_grey_and_alpha_of_a_tiff_with_differences_along_the_rows():
     values = np.dstack([GREY16, GREY16[::-1]])
     differences = values.copy()

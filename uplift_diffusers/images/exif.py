@@ -1,7 +1,7 @@
 """EXIF data as TIFF directories, read and written without changing a tag's type and bytes."""
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -9,9 +9,8 @@ EXPOSURE, GPS, INTEROPERABILITY = 0x8769, 0x8825, 0xA005
 """Tags that point to a directory: EXIF (exposure), GPS (place), and interoperability."""
 
 ORIENTATION, X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT = 0x0112, 0x011A, 0x011B, 0x0128
-MAKER_NOTE, USER_COMMENT = 0x927C, 0x9286
 
-BYTE, ASCII, SHORT, LONG, RATIONAL, UNDEFINED = 1, 2, 3, 4, 5, 7
+BYTE, SHORT, LONG, RATIONAL, UNDEFINED = 1, 3, 4, 5, 7
 
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 """Size of a value in bytes, by type."""
@@ -78,7 +77,7 @@ class Exif:
         if entry.kind == RATIONAL:
             top, bottom = struct.unpack_from(self.order + "II", entry.data)
             return top / bottom if bottom else None
-        letter = {1: "B", 3: "H", 4: "I", 8: "h", 9: "i"}.get(entry.kind)
+        letter = {1: "B", 3: "H", 4: "I", 8: "h", 9: "i", 13: "I", 16: "Q", 18: "Q"}.get(entry.kind)
         return struct.unpack_from(self.order + letter, entry.data)[0] if letter else None
 
     def numbers(self, entry: Entry) -> list[int]:
@@ -88,17 +87,7 @@ class Exif:
 
     def without(self, *tags: int) -> "Exif":
         """A copy without the given tags, in all directories."""
-
-        def rest(directory: Directory) -> Directory:
-            return {tag: entry for tag, entry in directory.items() if tag not in tags}
-
-        return replace(
-            self,
-            main=rest(self.main),
-            exposure=rest(self.exposure),
-            place=rest(self.place),
-            interoperability=rest(self.interoperability),
-        )
+        return self._changed(lambda tag, entry: None if tag in tags else entry)
 
     def with_dpi(self, dpi: tuple[float, float]) -> "Exif":
         """A copy with a resolution in dots per inch."""
@@ -110,18 +99,17 @@ class Exif:
         """A copy in the byte order `order`; values of type UNDEFINED are unchanged."""
         if order == self.order:
             return self
+        return replace(self._changed(lambda tag, entry: entry._replace(data=_turned(entry))), order=order)
 
-        def turned(directory: Directory) -> Directory:
-            return {tag: entry._replace(data=_turned(entry)) for tag, entry in directory.items()}
+    def _changed(self, change: Callable[[int, Entry], Entry | None]) -> "Exif":
+        """A copy with changed entries in all directories, without those that become None."""
 
-        return replace(
-            self,
-            order=order,
-            main=turned(self.main),
-            exposure=turned(self.exposure),
-            place=turned(self.place),
-            interoperability=turned(self.interoperability),
-        )
+        def changed(directory: Directory) -> Directory:
+            entries = ((tag, change(tag, entry)) for tag, entry in directory.items())
+            return {tag: entry for tag, entry in entries if entry is not None}
+
+        names = ("main", "exposure", "place", "interoperability")
+        return replace(self, **{name: changed(getattr(self, name)) for name in names})
 
     def to_bytes(self) -> bytes:
         """The EXIF block, without JPEG's six-byte `Exif` prefix."""
@@ -190,9 +178,7 @@ def read_directories(read_at: ReadAt, length: int) -> tuple[Exif, Exif | None]:
 
     def below(directory: Directory, tag: int) -> Directory:
         entry = directory.pop(tag, None)
-        offset = Exif(order).number(entry if entry is None or entry.kind != 13 else entry._replace(kind=LONG))
-        if entry is not None and entry.kind in (16, 18):
-            offset = struct.unpack(order + "Q", entry.data[:8])[0]
+        offset = Exif(order).number(entry)
         if not offset:
             return {}
         try:
@@ -267,9 +253,5 @@ def _write(directory: Directory, start: int, order: str) -> bytes:
 
 def _turned(entry: Entry) -> bytes:
     width = _WORDS.get(entry.kind, 1)
-    return b"".join(_reversed_words(entry.data, width)) if width > 1 else entry.data
-
-
-def _reversed_words(data: bytes, width: int) -> Iterator[bytes]:
-    for at in range(0, len(data), width):
-        yield data[at : at + width][::-1]
+    words = (entry.data[at : at + width][::-1] for at in range(0, len(entry.data), width))
+    return b"".join(words) if width > 1 else entry.data

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,14 +48,14 @@ from uplift_diffusers.images.modes import (
 from uplift_diffusers.images.tiff import (
     BITS,
     HEIGHT,
-    PHOTOMETRIC,
     SAMPLE_FORMAT,
     WIDTH,
+    as_small_tiff,
     image_of_samples,
     numbers,
+    read_at,
     read_samples,
     tiff_directories,
-    with_directory,
 )
 from uplift_diffusers.saving import replaced_when_whole
 
@@ -322,12 +323,8 @@ def _append_to_tiff(file: IO[bytes], metadata: Metadata) -> None:
     length = file.seek(0, os.SEEK_END)
     length += file.write(b"\0" * (length % 2))
 
-    def data_at(offset: int, size: int) -> bytes:
-        file.seek(offset)
-        return file.read(size)
-
-    order = "<" if data_at(0, 2) == b"II" else ">"
-    directories = finish_tiff(data_at, length, metadata)
+    order = "<" if read_at(file, 0, 2) == b"II" else ">"
+    directories = finish_tiff(partial(read_at, file), length, metadata)
     if directories is not None:
         file.seek(length)
         file.write(directories)
@@ -523,39 +520,37 @@ def _decoded_rows(pixels: bytes) -> np.ndarray:
 def _read_tiff(stream: IO[bytes]) -> OpenedImage:
     first, second = tiff_directories(stream)
     _check_tiff(first)
-    metadata, orientation, losses = read_tiff_metadata(first, second, {})
+    metadata, orientation, losses = read_tiff_metadata(first, second)
     values = read_samples(stream, first)
     if values is not None:
         image, more = image_of_samples(values, first)
         return _opened(image, metadata, orientation, (*losses, *more))
-    bits, photometric = numbers(first, BITS, 1), numbers(first, PHOTOMETRIC, 1)[0]
-    is_deep_grey = bits == [12] and photometric in (0, 1)  # Pillow does not read a negative
     stream.seek(0)
-    if is_deep_grey or stream.read(4) == b"MM\0+":  # nor a BigTIFF in this byte order
-        stream = with_directory(stream, first, {PHOTOMETRIC: [1]} if is_deep_grey else {})
+    if stream.read(4) == b"MM\0+":  # a BigTIFF in this byte order, which Pillow does not read
+        stream = as_small_tiff(stream, first)
     with _pillow_open(stream, b"", ("TIFF",)) as file:
         file.load_end = lambda: None  # where Pillow applies the orientation, also one that is in XMP only
         file.load()
-        image = file.copy()  # its size is that before an orientation is applied
-        if is_deep_grey:
-            values = np.asarray(image).astype(np.uint32)
-            values = 4095 - values if photometric == 0 else values
-            image = Image.fromarray(((values * 65535 + 2047) // 4095).astype(np.uint16))
-        return _opened(image, metadata, orientation, losses)
+        return _opened(file.copy(), metadata, orientation, losses)  # a copy has the size before it is turned
 
 
 def _check_tiff(first: Exif) -> None:
     """Raise if a TIFF is too large or, in plain words, if its sample format is not supported."""
-    if numbers(first, WIDTH, 0)[0] * numbers(first, HEIGHT, 0)[0] > MAX_INPUT_PIXELS:
+    width, height = (numbers(first, tag, 0)[0] for tag in (WIDTH, HEIGHT))
+    if width * height > MAX_INPUT_PIXELS:
         raise Image.DecompressionBombError
+    if width * height == 0:
+        raise ValueError("it has no pixels")
     bits, formats = max(numbers(first, BITS, 1)), set(numbers(first, SAMPLE_FORMAT, 1))
     if 3 in formats:
         kind = f"{bits}-bit floating-point pixels, whose range is unknown"
     elif formats & {5, 6}:
         kind = "complex-valued pixels"
+    elif bits > 64:
+        kind = f"{bits}-bit pixels"
     elif 2 in formats:
         kind = f"signed {bits}-bit pixels, from {-(2 ** (bits - 1))} to {2 ** (bits - 1) - 1}"
-    elif bits > 16:
+    elif bits > 16 or 8 < bits < 16:
         kind = f"{bits}-bit pixels, from 0 to {2**bits - 1}"
     else:
         return

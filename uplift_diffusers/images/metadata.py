@@ -9,14 +9,16 @@ from typing import Any
 
 from PIL import ExifTags, Image, PngImagePlugin
 
-from uplift_diffusers.images import exif as exif_data
 from uplift_diffusers.images.containers import JpegParts, PngParts, photoshop_block, photoshop_resources
 from uplift_diffusers.images.exif import (
+    BYTE,
     RESOLUTION_UNIT,
+    UNDEFINED,
     X_RESOLUTION,
     Y_RESOLUTION,
     Entry,
     Exif,
+    ReadAt,
     parse_exif,
     read_directories,
 )
@@ -218,7 +220,7 @@ class _Reading:
 
 def read_jpeg_metadata(parts: JpegParts, info: Mapping[Any, Any]) -> tuple[Metadata, int, tuple[str, ...]]:
     """The metadata, the orientation (1 to 8) and messages on losses, of a JPEG file with this `Image.info`."""
-    reading = _Reading(dpi=_info_dpi(info))
+    reading = _Reading(dpi=info.get("dpi"))
     exif, profile_parts, num_parts, extended, other_pictures = b"", {}, 0, False, False
     for marker, data in parts.segments:
         if marker == 0xE1 and data.startswith(b"Exif\0"):
@@ -301,9 +303,7 @@ def read_png_metadata(parts: PngParts, info: Mapping[Any, Any]) -> tuple[Metadat
     return reading.finish()
 
 
-def read_tiff_metadata(
-    first: Exif, second: Exif | None, info: Mapping[Any, Any]
-) -> tuple[Metadata, int, tuple[str, ...]]:
+def read_tiff_metadata(first: Exif, second: Exif | None) -> tuple[Metadata, int, tuple[str, ...]]:
     """As `read_jpeg_metadata`, for a TIFF file with these directories."""
 
     def data(tag: int) -> bytes:
@@ -327,7 +327,7 @@ def read_other_metadata(image: Image.Image, head: bytes) -> tuple[Metadata, int,
         head: the first bytes of the file, or the whole file of a JPEG 2000, which has metadata at its end too.
     """
     info = image.info
-    reading = _Reading(dpi=_info_dpi(info), icc_profile=_bytes(info.get("icc_profile")), xmp=_bytes(info.get("xmp")))
+    reading = _Reading(dpi=info.get("dpi"), icc_profile=_bytes(info.get("icc_profile")), xmp=_bytes(info.get("xmp")))
     reading.comments = tuple(filter(None, [_bytes(info.get("comment"))]))
     if exif := _bytes(info.get("exif")):
         reading.take_exif(exif)
@@ -415,9 +415,6 @@ def fit_metadata(
         keywords = dict.fromkeys(data.split(b"\0", 1)[0].decode("latin-1") for _, data in metadata.texts)
         lost.append(f"PNG text ({_shortened(', '.join(map(_printable, keywords)))})")
         metadata = replace(metadata, texts=())
-    if metadata.dpi and not holds("resolution"):
-        lost.append("resolution")
-        metadata = replace(metadata, dpi=None)
     if metadata.color_chunks and not holds("colour space in numbers"):
         if meaning := _color_meaning(metadata):
             losses.append(f"its colours need {meaning}, which a {suffix} cannot store.")
@@ -458,7 +455,7 @@ def save_options(metadata: Metadata, file_format: str) -> dict[str, Any]:
     return options
 
 
-def finish_tiff(data_at: exif_data.ReadAt, length: int, metadata: Metadata) -> bytes | None:
+def finish_tiff(data_at: ReadAt, length: int, metadata: Metadata) -> bytes | None:
     """
     Bytes to append to a TIFF file written by Pillow to add all metadata, and the new offset of its first directory;
     None if there is nothing to add.
@@ -470,9 +467,9 @@ def finish_tiff(data_at: exif_data.ReadAt, length: int, metadata: Metadata) -> b
     exif = (metadata.exif or Exif(written.order)).in_order(written.order)
     extra = {}
     if metadata.xmp:
-        extra[_XMP_TAG] = Entry(exif_data.BYTE, len(metadata.xmp), metadata.xmp)
+        extra[_XMP_TAG] = Entry(BYTE, len(metadata.xmp), metadata.xmp)
     if metadata.iptc:
-        extra[_IPTC_TAG] = Entry(exif_data.UNDEFINED, len(metadata.iptc), metadata.iptc)
+        extra[_IPTC_TAG] = Entry(UNDEFINED, len(metadata.iptc), metadata.iptc)
     if not exif and not extra:
         return None
     return replace(exif, main={**exif.main, **extra, **written.main}).directories_at(length)
@@ -736,11 +733,6 @@ def _nclx(head: bytes) -> dict[bytes, bytes] | None:
     if (primaries in (1, 2, 5, 6, 7) and transfer in (1, 2, 6, 7, 13, 14, 15)) or max(primaries, transfer) > 255:
         return None
     return {b"cICP": bytes([primaries, transfer, 0, 1])}
-
-
-def _info_dpi(info: Mapping[Any, Any]) -> tuple[float, float] | None:
-    dpi = info.get("dpi")
-    return dpi if isinstance(dpi, tuple) and len(dpi) == 2 else None
 
 
 def _sane_dpi(dpi: tuple[float, float] | None) -> tuple[float, float] | None:
