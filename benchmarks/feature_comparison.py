@@ -492,7 +492,7 @@ def _tables(figures: dict[str, dict[str, list[float]]]) -> list[str]:
     probes = [heading for heading in headings if heading.startswith(("frozen", "refitted", "with"))]
     return [
         *table("training", {**_FACTS, "agreement": "{:.3f}"}),
-        *table("drift", dict.fromkeys(sorted(drift), "{:.3f}")),
+        *table("drift", dict.fromkeys(sorted(drift, key=lambda heading: heading.split(",")[0]), "{:.3f}")),
         *table("mIoU (%)", dict.fromkeys(probes, "{:.1f}")),
     ][:-1]
 
