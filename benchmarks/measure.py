@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from uplift_diffusers.evaluation.meters import seconds_of
 from uplift_diffusers.runtime import device_name
 
 Result = TypeVar("Result")
@@ -43,11 +44,7 @@ def interleave(
         if index >= 2 and time.perf_counter() - begin > max_seconds:
             break
         for name, function in functions.items():
-            _wait_for(device)
-            start = time.perf_counter()
-            function()
-            _wait_for(device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(seconds_of(function, torch.device(device)))
     return seconds
 
 
@@ -141,8 +138,3 @@ def environment(device: str) -> dict[str, str | int]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
-
-
-def _wait_for(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()

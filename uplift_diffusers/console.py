@@ -1,4 +1,4 @@
-"""Output of the commands: single lines without control characters."""
+"""What all commands share: whole numbers in their arguments, and output in single lines without control characters."""
 
 import argparse
 import os
@@ -7,6 +7,7 @@ import sys
 from contextlib import suppress
 from typing import NoReturn
 
+from uplift_diffusers.runtime import MAX_SEED
 from uplift_diffusers.wording import MAX_REASON, printable, reason
 
 
@@ -65,3 +66,26 @@ class Parser(argparse.ArgumentParser):
     def _print_message(self, message: str, file=None) -> None:
         if message and not say(message.removesuffix("\n")):
             self.exit(1)
+
+
+def parse_count(text: str) -> int:
+    """A whole number of at least 1."""
+    return _parse_whole_number(text, minimum=1)
+
+
+def parse_count_or_zero(text: str) -> int:
+    """A whole number of at least 0."""
+    return _parse_whole_number(text, minimum=0)
+
+
+def _parse_whole_number(text: str, *, minimum: int) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 19 and int(text) >= minimum):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}, got {text!r}")
+    return int(text)
+
+
+def parse_seed(text: str) -> int:
+    """A seed for a torch.Generator."""
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= MAX_SEED):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to {MAX_SEED}, got {text!r}")
+    return int(text)

@@ -3,22 +3,7 @@
 import argparse
 import re
 
-from uplift_diffusers.runtime import MAX_SEED
 from uplift_diffusers.scale import MAX_SCALE, num_steps_for_scale
-
-
-def parse_count(text: str) -> int:
-    """A whole number of at least 1."""
-    if not (text.isascii() and text.isdigit() and 0 < len(text) < 19 and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def parse_seed(text: str) -> int:
-    """A seed for a torch.Generator."""
-    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= MAX_SEED):
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to {MAX_SEED}, got {text!r}")
-    return int(text)
 
 
 def parse_scale(text: str) -> float:

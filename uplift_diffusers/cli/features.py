@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uplift_diffusers.cli.arguments import parse_count
-from uplift_diffusers.console import CommandError, as_flags, say, tell
+from uplift_diffusers.console import CommandError, as_flags, parse_count, say, tell
 from uplift_diffusers.images.files import OUTPUT_FORMATS, open_image, save_image
 from uplift_diffusers.runtime import choose_device
 from uplift_diffusers.saving import make_writable_folder, replaced_when_whole

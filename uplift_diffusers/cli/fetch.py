@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from uplift_diffusers.cli.arguments import parse_count
-from uplift_diffusers.console import CommandError, say, tell
+from uplift_diffusers.console import CommandError, parse_count, say, tell
 from uplift_diffusers.wording import reason
 
 NAME = "fetch"

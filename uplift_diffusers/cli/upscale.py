@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uplift_diffusers.cli.arguments import (
-    parse_count,
     parse_denoise,
     parse_megapixels,
     parse_scale,
-    parse_seed,
     parse_share,
     parse_size,
 )
-from uplift_diffusers.console import CommandError, as_flags, say, tell
+from uplift_diffusers.console import CommandError, as_flags, parse_count, parse_seed, say, tell
 from uplift_diffusers.embedded import embedded_bundle
 from uplift_diffusers.runtime import choose_device, process_share, sum_over_processes
 from uplift_diffusers.saving import remove_unfinished

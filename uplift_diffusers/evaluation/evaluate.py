@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uplift_diffusers import runtime
-from uplift_diffusers.console import Parser, in_one_line, say, tell
+from uplift_diffusers.console import Parser, in_one_line, parse_count, parse_count_or_zero, parse_seed, say, tell
 from uplift_diffusers.embedded import embedded_bundle
 
 # Imported where it is needed: --help has to answer at once, and without what the extra installs.
@@ -356,8 +356,8 @@ def _build_parser(program: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="see below (default: all built-in methods)")
     parser.add_argument("--scales", type=int, nargs="+", default=[2, 4], choices=range(2, 17), metavar="N")
-    parser.add_argument("--limit", type=_positive, help="use only the first N photographs or prompts")
-    parser.add_argument("--seed", type=_count, default=0, help="seed of noise, patches and intervals (default: 0)")
+    parser.add_argument("--limit", type=parse_count, help="use only the first N photographs or prompts")
+    parser.add_argument("--seed", type=parse_seed, default=0, help="seed of noise, patches and intervals (default: 0)")
     parser.add_argument("--output_dir", type=Path, help="folder for the report and the measurements")
     parser.add_argument("--fresh", action="store_true", help="ignore the measurements in OUTPUT_DIR/records")
     parser.add_argument(
@@ -374,10 +374,10 @@ def _build_parser(program: str) -> argparse.ArgumentParser:
 
     photographs = parser.add_argument_group("photographs", argument_default=argparse.SUPPRESS)
     photographs.add_argument("--image_column", help="column of the dataset with images (default: image)")
-    photographs.add_argument("--crop", type=_positive, help="edge of the centre crops (default: 512 px)")
+    photographs.add_argument("--crop", type=parse_count, help="edge of the centre crops (default: 512 px)")
     photographs.add_argument(
         "--jpeg_quality",
-        type=_positive,
+        type=parse_count,
         metavar="Q",
         help="save the downsampled photographs as JPEGs of this quality, 1 to 100 (default: no compression)",
     )
@@ -386,7 +386,7 @@ def _build_parser(program: str) -> argparse.ArgumentParser:
     text = parser.add_argument_group("text to image", argument_default=argparse.SUPPRESS)
     text.add_argument("--stable_diffusion", metavar="DIR_OR_HUB_ID", help="generates the latents of the prompts")
     text.add_argument("--real_images", help="folder of photographs, or .npz or .safetensors of their statistics")
-    text.add_argument("--num_inference_steps", type=_positive, help="denoising steps (default: 50)")
+    text.add_argument("--num_inference_steps", type=parse_count, help="denoising steps (default: 50)")
     text.add_argument("--guidance_scale", type=float, help="guidance scale of the denoising (default: 7.5)")
 
     metrics = parser.add_argument_group("metrics")
@@ -400,16 +400,18 @@ def _build_parser(program: str) -> argparse.ArgumentParser:
     metrics.add_argument("--inception_weights", metavar="PATH", help="output of scripts/convert_inception.py")
     metrics.add_argument(
         "--patch_size",
-        type=_positive,
+        type=parse_count,
         help="crop edge for patch-FID (default: half the smallest output)",
     )
-    metrics.add_argument("--patches", type=_positive, default=4, help="crops per image for patch-FID (default: 4)")
+    metrics.add_argument("--patches", type=parse_count, default=4, help="crops per image for patch-FID (default: 4)")
 
     time = parser.add_argument_group("time and memory")
-    time.add_argument("--latency_repeats", type=_count, default=3, help="timed calls; 0: none (default: 3)")
+    time.add_argument(
+        "--latency_repeats", type=parse_count_or_zero, default=3, help="timed calls; 0: none (default: 3)"
+    )
     time.add_argument(
         "--latency_sizes",
-        type=_positive,
+        type=parse_count,
         nargs="+",
         help="output edges to time (default: a quarter, half and the whole of the measured outputs)",
     )
@@ -430,15 +432,3 @@ def _check_options(options: dict) -> None:
             raise ValueError(f"`{name}` must not be given with --{source}, where it has no effect.")
     if options["fresh"] and options["output_dir"] is None:
         raise ValueError("`fresh` must not be given without --output_dir, where it has no effect.")
-
-
-def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
-    return int(text)

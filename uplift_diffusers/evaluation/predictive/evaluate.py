@@ -5,7 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from uplift_diffusers.console import Parser, in_one_line, tell
+from uplift_diffusers.console import Parser, in_one_line, parse_count, parse_count_or_zero, tell
 
 _EPILOG = """\
 Upsamplers (--upsamplers NAME or NAME=PATH):
@@ -81,10 +81,10 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", required=True, choices=tuple(_WITHOUT_EFFECT))
     parser.add_argument("--output_dir", required=True, type=Path, help="folder for the report and the records")
     parser.add_argument("--upsamplers", nargs="+", metavar="UPSAMPLER", help="see below (default: those without PATH)")
-    parser.add_argument("--query_chunk", type=_positive, help="positions per chunk in attention to all tokens")
+    parser.add_argument("--query_chunk", type=parse_count, help="positions per chunk in attention to all tokens")
     parser.add_argument("--device", help="default: cpu")
     parser.add_argument("--fresh", action="store_true", help="ignore existing records")
-    parser.add_argument("--seed", type=_not_negative, help="seed of probes and intervals (default: 0)")
+    parser.add_argument("--seed", type=parse_count_or_zero, help="seed of probes and intervals (default: 0)")
 
     probes = parser.add_argument_group("segmentation, depth and drift")
     probes.add_argument("--backbone", metavar="DIR_OR_HUB_ID", help="the frozen backbone")
@@ -95,37 +95,25 @@ def _build_parser() -> argparse.ArgumentParser:
     probes.add_argument("--train_targets", metavar="DIR", help="of labels (.png) or depths (.npy, 16-bit .png),")
     probes.add_argument("--val_images", metavar="DIR", help="and the same for validation")
     probes.add_argument("--val_targets", metavar="DIR")
-    probes.add_argument("--num_classes", type=_positive, help="number of classes of labels in folders")
+    probes.add_argument("--num_classes", type=parse_count, help="number of classes of labels in folders")
     probes.add_argument("--depth_model", metavar="DIR_OR_HUB_ID", help="depths from a model instead of files")
     probes.add_argument("--units_per_metre", type=float, help="unit of depth files (default: 1)")
-    probes.add_argument("--image_size", type=_positive, help="edge of the centre crops in pixels (default: 448)")
-    probes.add_argument("--limit", type=_positive, help="use only the first N images of each split")
-    probes.add_argument("--epochs", type=_positive, help="default: 20, depth 5")
+    probes.add_argument("--image_size", type=parse_count, help="edge of the centre crops in pixels (default: 448)")
+    probes.add_argument("--limit", type=parse_count, help="use only the first N images of each split")
+    probes.add_argument("--epochs", type=parse_count, help="default: 20, depth 5")
     probes.add_argument("--learning_rate", type=float, help="default: 5e-4, depth 5e-3")
-    probes.add_argument("--batch_size", type=_positive, help="default: 2")
-    probes.add_argument("--num_workers", type=_not_negative, help="processes that read images (default: 0)")
-    probes.add_argument("--num_steps", type=_positive, help="2x steps of --task drift (default: 4)")
+    probes.add_argument("--batch_size", type=parse_count, help="default: 2")
+    probes.add_argument("--num_workers", type=parse_count_or_zero, help="processes that read images (default: 0)")
+    probes.add_argument("--num_steps", type=parse_count, help="2x steps of --task drift (default: 4)")
 
     cost = parser.add_argument_group("cost")
     cost.add_argument(
-        "--tokens", type=_positive, nargs="+", help="square numbers (default: 64 256 576 1024 1521 2601)"
+        "--tokens", type=parse_count, nargs="+", help="square numbers (default: 64 256 576 1024 1521 2601)"
     )
-    cost.add_argument("--channels", type=_positive, help="channels of the features (default: 384)")
-    cost.add_argument("--patch_size", type=_positive, help="default: 16")
-    cost.add_argument("--repeats", type=_positive, help="maximum number of timed calls (default: 3)")
-    cost.add_argument("--threads", type=_positive, help="default: 1")
+    cost.add_argument("--channels", type=parse_count, help="channels of the features (default: 384)")
+    cost.add_argument("--patch_size", type=parse_count, help="default: 16")
+    cost.add_argument("--repeats", type=parse_count, help="maximum number of timed calls (default: 3)")
+    cost.add_argument("--threads", type=parse_count, help="default: 1")
     cost.add_argument("--memory_limit", type=float, help="GiB per call (default: 70 %% of free memory)")
     cost.add_argument("--time_limit", type=float, help="seconds per call (default: 300)")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
-    return int(text)
-
-
-def _not_negative(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
-    return int(text)

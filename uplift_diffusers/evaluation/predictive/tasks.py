@@ -404,9 +404,9 @@ def _measure_all(
 
 
 def _data_identity(data: Any) -> list:
-    """Names and sizes of the files."""
+    """Names and sizes of the files; those of predicted depths name the photograph and the model, too."""
     if isinstance(data, PredictedDepths):
-        return [digest_weights([data.model]), *([path.name, path.stat().st_size] for path in data.squares.images)]
+        return [file.name for file in data.files]
     scale = getattr(data, "units_per_metre", None)
     return [[pair.name, pair.image.stat().st_size, pair.target.stat().st_size, scale] for pair in data.pairs]
 
