@@ -108,7 +108,7 @@ class CFMLatentUpscalePipeline(DiffusionPipeline):
                 `output_type="latent"`, instead of `image`, which is then decoded from them.
             scale (`float`): from 1 to 16; the network works best at the scales it was trained for.
             num_inference_steps (`int`): Euler steps, each one run of the U-Net.
-            generator: one, or one for each item, which makes an item's result the same alone and in a batch.
+            generator: one, or one for each item; then an item's result does not depend on its batch.
             output_type (`str`): `"pil"`; `"np"`, float32 (B, H, W, 3) in [0, 1]; `"pt"`, float32 (B, 3, H, W) in
                 [0, 1]; or `"latent"`, the large latents, scaled, in the dtype of `latents`, else of the VAE.
             return_dict (`bool`): return an [`ImagePipelineOutput`] instead of a tuple.

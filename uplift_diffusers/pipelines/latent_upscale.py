@@ -101,7 +101,7 @@ class UPLiFTLatentUpscalePipeline(DiffusionPipeline):
                 list of images of one size, f*h by f*w pixels. Decoded from `latents` if not given.
             scale (`float`): from 1 to 16. Between powers of two, the image is upscaled to the next power of two and
                 downsampled; for `output_type="latent"` it is then encoded again.
-            generator: one, or one for each item, which makes an item's result the same alone and in a batch.
+            generator: one, or one for each item; then an item's result does not depend on its batch.
             adain_factor (`float`): from 0 to 1: how far to move mean and standard deviation of every channel of the
                 upscaled latents towards those of the input latents, to correct a shift of colour or contrast. See
                 [`~uplift_diffusers.pipelines.upscale_stage.match_channel_statistics`].

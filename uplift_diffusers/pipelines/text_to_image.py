@@ -160,7 +160,7 @@ class UPLiFTTextToImagePipeline(StableDiffusionPipeline):
                 cross_attention_kwargs, guidance_rescale, clip_skip: as for [`StableDiffusionPipeline`].
             height (`int`, *optional*): height of the denoised image in pixels; the result is `scale` times as high.
             width (`int`, *optional*): its width. Both default to the size of `latents`, else to the U-Net's size.
-            generator: one, or one for each image, which makes an image the same alone and in a batch. Denoising,
+            generator: one, or one for each image; then an image does not depend on its batch. Denoising,
                 upsampler and refinement draw from it in this order.
             latents (`torch.Tensor`, *optional*): (images, C, h, w), the initial noise.
             output_type (`str`): `"pil"`; `"np"`, float32 (B, H, W, 3) in [0, 1]; `"pt"`, float32 (B, 3, H, W) in

@@ -187,7 +187,7 @@ class UPLiFTTextToImageXLPipeline(StableDiffusionXLPipeline):
             original_size, target_size, negative_original_size, negative_target_size (`tuple[int, int]`, *optional*):
                 the sizes that condition the denoising, as for [`StableDiffusionXLPipeline`]; the refinement is
                 conditioned on the output size.
-            generator: one, or one for each image, which makes an image the same alone and in a batch. Denoising,
+            generator: one, or one for each image; then an image does not depend on its batch. Denoising,
                 upsampler and refinement draw from it in this order.
             latents (`torch.Tensor`, *optional*): (images, C, h, w), the initial noise.
             output_type (`str`): `"pil"`; `"np"`, float32 (B, H, W, 3) in [0, 1]; `"pt"`, float32 (B, 3, H, W) in
