@@ -39,7 +39,7 @@ class AutoencoderTrainingConfig(TrainingConfig):
     encoder_layers_per_block: tuple[int, ...] = option((2, 3), "Residual blocks of the encoder at 1/4 and at 1/8.")
     decoder_layers_per_block: tuple[int, ...] = option((4, 4), "Residual blocks of the decoder at 1/4 and at 1/8.")
     pretrained_model: str | None = option(
-        None, "Autoencoder to start from: a local folder. Missing residual blocks start as the identity."
+        None, "Autoencoder to start from: a local folder. New residual blocks start as the identity, surplus ones go."
     )
     freeze_encoder: bool = option(False, "Train only the decoder, so latents and their upsamplers stay valid.")
     latent_space: str = option("uplift-embedded", "Name of the latent space, which upsamplers are checked against.")
@@ -112,11 +112,14 @@ class ReconstructionObjective(nn.Module):
 
 
 def load_pretrained(model: AutoencoderLocal, folder: str) -> None:
-    """Start from another autoencoder of the same widths; missing residual blocks start as the identity."""
-    weights = AutoencoderLocal.from_pretrained(folder).state_dict()
-    for name, value in model.state_dict().items():
-        if name not in weights:
-            weights[name] = torch.zeros_like(value) if ".conv2." in name else value
+    """Start from another autoencoder of the same widths: new residual blocks are the identity, surplus ones go."""
+    pretrained = AutoencoderLocal.from_pretrained(folder).state_dict()
+    weights = model.state_dict()
+    for name, value in weights.items():
+        if name in pretrained:
+            weights[name] = pretrained[name]
+        elif ".conv2." in name:
+            weights[name] = torch.zeros_like(value)
     model.load_state_dict(weights)
 
 

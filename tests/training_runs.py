@@ -31,13 +31,13 @@ def make_photographs(folder: Path) -> Path:
     return folder
 
 
-def make_vae() -> AutoencoderLocal:
+def make_vae(decoder_layers_per_block: tuple[int, int] = (1, 1)) -> AutoencoderLocal:
     torch.manual_seed(0)
     return AutoencoderLocal(
         latent_channels=8,
         block_out_channels=(8, 8),
         encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=decoder_layers_per_block,
         latent_space="test",
     )
 

@@ -100,6 +100,7 @@ def test_bad_flags_end_with_one_sentence(flags, message, capsys):
     ("flags", "message"),
     [
         (["--latent_noise", "-1"], "`latent_noise` must be at least 0, got -1.0"),
+        (["--pixel_loss", "l2"], "`pixel_loss` must be one of l1, psnr, got 'l2'"),
         (["--degraded_probability", "1.5"], "`degraded_probability` must be in [0, 1], got 1.5"),
         (["--degraded_probability", "nan"], "`degraded_probability` must be in [0, 1], got nan"),
         (["--depths", "1", "1"], "`depths` must be different whole numbers of at least 1, got (1, 1)"),

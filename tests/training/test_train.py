@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
+from torchmetrics.image import PeakSignalNoiseRatio
 
 from scripts import train_autoencoder
 from tests.training_runs import (
@@ -25,6 +26,7 @@ from uplift_diffusers.images.convert import missing_detail
 from uplift_diffusers.latent_space import LatentCodec
 from uplift_diffusers.training import train as training
 from uplift_diffusers.training.checkpoints import list_checkpoints
+from uplift_diffusers.training.losses import negative_psnr
 from uplift_diffusers.training.monitoring import Validation
 from uplift_diffusers.training.train import train
 
@@ -50,6 +52,28 @@ def test_loss_is_the_sum_over_depths_and_steps_of_the_papers_terms():
         half_way, twice = model(at_16, image=pyramid[2], num_steps=2, return_steps=True).steps
     expected = sum((a - b).square().mean() for a, b in ((once, at_64), (half_way, at_32), (twice, at_64)))
     torch.testing.assert_close(losses["loss"], expected, rtol=1e-5, atol=0)
+
+
+@torch.no_grad()
+def test_the_term_in_pixels_may_be_the_mean_psnr_of_the_images():
+    model = make_model(noise_channels=0).eval()
+    settings = {"latent_noise": 0.0, "pixel_weight": 1.0, "depths": (1,), "consistent_pixels": False}
+    objective = make_objective(model, pixel_loss="psnr", **settings)
+    images = torch.rand(2, 3, 64, 64, generator=seeded())
+    codec, small = LatentCodec(objective.vae, SPACE), image_pyramid(images, 1)[1]
+    decoded = codec.decode_sample(model(codec.encode(small), image=small, num_steps=1).sample) / 2 + 0.5
+    measure = PeakSignalNoiseRatio(data_range=1.0, reduction="elementwise_mean", dim=(1, 2, 3))
+    pixel = objective(images, generator=seeded())["pixel"]
+    torch.testing.assert_close(pixel, -measure(decoded, images), rtol=0, atol=0.05)
+
+
+def test_the_loss_in_psnr_levels_off_where_there_is_nothing_left_to_gain():
+    images = torch.rand(1, 3, 8, 8, generator=seeded())
+    exact = images.clone().requires_grad_()
+    loss = negative_psnr(exact, images)
+    loss.backward()
+    torch.testing.assert_close(loss.item(), -40.0, rtol=1e-5, atol=0)
+    assert exact.grad.abs().max() == 0
 
 
 @torch.no_grad()
@@ -239,6 +263,22 @@ def test_epochs_stand_for_the_steps_that_they_take(photographs, tmp_path):
     train(model, make_objective(model), config, accelerator=Accelerator(cpu=True), validate=validate)
     assert logged(tmp_path, "step") == [1, 2, 3, 3, 4, 5, 5]
     assert len(logged(tmp_path, "val")) == 2
+
+
+def test_an_autoencoder_grows_and_shrinks_by_whole_residual_blocks(tmp_path):
+    generator = seeded()
+    source = make_vae()
+    for parameter in source.parameters():
+        parameter.data.normal_(std=0.1, generator=generator)
+    source.save_pretrained(tmp_path)
+    grown, shrunk = (make_vae(decoder_layers_per_block=(1, layers)) for layers in (2, 0))
+    for model in (grown, shrunk):
+        train_autoencoder.load_pretrained(model, str(tmp_path))
+    images = torch.rand(1, 3, 32, 32, generator=generator)
+    with torch.no_grad():
+        torch.testing.assert_close(grown(images).sample, source(images).sample, rtol=0, atol=0)
+        del source.decoder.coarse[-1]
+        torch.testing.assert_close(shrunk(images).sample, source(images).sample, rtol=0, atol=0)
 
 
 def test_the_linear_code_is_the_principal_components(photographs):

@@ -1,5 +1,7 @@
 """Multi-depth self-supervised reconstruction: every 2x step against the latents of the image at that size."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,14 +15,30 @@ from uplift_diffusers.latent_space import Autoencoder, LatentCodec, LatentSpace
 from uplift_diffusers.models.upsampler import UPLiFTModel
 
 
+def negative_psnr(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """
+    The negative PSNR in dB of (B, 3, H, W) in [0, 1], a mean over images.
+
+    It levels off at 40 dB, so that skies and blurred backgrounds do not outweigh everything else.
+    """
+    mse = (predicted - target).square().mean(dim=(1, 2, 3))
+    return -psnr_from_mse(mse + 1e-4).mean()
+
+
+PIXEL_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "l1": F.l1_loss,
+    "psnr": negative_psnr,
+}
+
+
 class MultiDepthObjective(nn.Module):
     """
     The sum over depths d and steps k of mean((step_k - latents of the image at that size)^2).
 
     For every depth d the model starts from the latents and the image at 1/2^d of the resolution and takes d steps.
-    With `pixel_weight`, the last step of one random depth is also decoded and compared with the image (L1 on [0, 1]),
-    by default after the consistency step of the super-resolution pipeline. With degraded inputs, the model learns to
-    restore them, because the targets stay clean.
+    With `pixel_weight`, the last step of one random depth is also decoded and compared with the image, by default
+    after the consistency step of the super-resolution pipeline. With degraded inputs, the model learns to restore
+    them, because the targets stay clean.
 
     Args:
         model: the trained model.
@@ -29,6 +47,7 @@ class MultiDepthObjective(nn.Module):
         depths: the depths d, each at least 1.
         latent_noise: standard deviation of the noise added to the starting latents, in raw units.
         pixel_weight: weight of the loss in decoded pixels, for a VAE that is cheap to decode.
+        pixel_loss: "l1", the mean absolute difference on [0, 1], or "psnr", the negative PSNR in dB.
         consistent_pixels: compute that loss after the consistency step, which restores the brightness and colours that
             the latents lack; without it, the latents have to contain them.
         degraded_probability: share of the input images that are degraded with `degrade`.
@@ -45,6 +64,7 @@ class MultiDepthObjective(nn.Module):
         depths: tuple[int, ...],
         latent_noise: float,
         pixel_weight: float = 0.0,
+        pixel_loss: str = "l1",
         consistent_pixels: bool = True,
         degraded_probability: float = 0.0,
         cache: LatentCache | None = None,
@@ -56,6 +76,7 @@ class MultiDepthObjective(nn.Module):
         self.depths = depths
         self.latent_noise = latent_noise
         self.pixel_weight = pixel_weight
+        self.pixel_loss = PIXEL_LOSSES[pixel_loss]
         self.consistent_pixels = consistent_pixels
         self.degraded_probability = degraded_probability
         self.cache = cache
@@ -68,7 +89,7 @@ class MultiDepthObjective(nn.Module):
             images: (B, 3, R, R) in [0, 1], R a multiple of spatial_factor * 2^max(depths).
             generator: source of all randomness.
         Returns:
-            `loss`, and its parts: `loss_d<d>`, the latent terms of each depth, and `pixel`, the L1 in decoded pixels.
+            `loss`, and its parts: `loss_d<d>`, the latent terms of each depth, and `pixel`, the one in decoded pixels.
         """
         pyramid = image_pyramid(images, max(self.depths))
         targets = encode_pyramid(self.codec, pyramid, cache=self.cache)
@@ -96,7 +117,7 @@ class MultiDepthObjective(nn.Module):
                 if self.consistent_pixels:
                     consistency = denoise.new_tensor([consistency_for_denoise(d) for d in denoise.tolist()])
                     decoded = decoded + consistency[:, None, None, None] * missing_detail(image, decoded)
-                losses["pixel"] = F.l1_loss(decoded, images)
+                losses["pixel"] = self.pixel_loss(decoded, images)
         weighted = [value * (self.pixel_weight if name == "pixel" else 1.0) for name, value in losses.items()]
         losses["loss"] = sum(weighted, start=torch.zeros(()))
         return losses

@@ -22,7 +22,7 @@ from uplift_diffusers.loading import load_upsampler, load_vae
 from uplift_diffusers.models.upsampler import UPLiFTModel
 from uplift_diffusers.pipelines.cfm_latent_upscale import CFMLatentUpscalePipeline
 from uplift_diffusers.training.config import Task, TrainingConfig, option, parse_choices, parse_config
-from uplift_diffusers.training.losses import MultiDepthObjective
+from uplift_diffusers.training.losses import PIXEL_LOSSES, MultiDepthObjective
 from uplift_diffusers.training.monitoring import UpsamplerValidation
 from uplift_diffusers.training.pixel_stage import PixelObjective, PixelStageModel, PixelValidation, load_stem
 
@@ -112,7 +112,8 @@ class UpsamplerTrainingConfig(LatentTrainingConfig):
     use_ema: bool = option(False)
     depths: tuple[int, ...] = option((1, 2, 3, 4), "Depths d: from 1/2^d of the resolution in d steps of 2x.")
     latent_noise: float = option(1.0, "Standard deviation of the noise added to the input latents, in raw units.")
-    pixel_weight: float = option(0.0, "Weight of the L1 loss between the decoded last step and the image.")
+    pixel_weight: float = option(0.0, "Weight of the loss between the decoded last step and the image.")
+    pixel_loss: str = option("l1", "That loss: L1 on [0, 1], or the negative PSNR in dB.")
     consistent_pixels: bool = option(True, "That loss after the consistency step; off if latents are the result.")
     initial_stem: str | None = option(None, "Result of --stage pixels, or an upsampler, for its stem.")
     pretrained_model: str | None = option(None, "A trained upsampler for these latents to start from.")
@@ -123,6 +124,8 @@ class UpsamplerTrainingConfig(LatentTrainingConfig):
         for name in ("latent_noise", "pixel_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
+        if self.pixel_loss not in PIXEL_LOSSES:
+            raise ValueError(f"`pixel_loss` must be one of {', '.join(PIXEL_LOSSES)}, got {self.pixel_loss!r}.")
         check_probability("degraded_probability", self.degraded_probability)
         if self.initial_stem is not None and self.pretrained_model is not None:
             raise ValueError("`initial_stem` must not be given with `pretrained_model`, which has a stem.")
@@ -146,6 +149,7 @@ class UpsamplerTrainingConfig(LatentTrainingConfig):
             depths=self.depths,
             latent_noise=self.latent_noise,
             pixel_weight=self.pixel_weight,
+            pixel_loss=self.pixel_loss,
             consistent_pixels=self.consistent_pixels,
             degraded_probability=self.degraded_probability,
             cache=cache,
