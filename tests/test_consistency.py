@@ -1,6 +1,7 @@
 """The enlarged picture, reduced, is its input; strips give what the whole gives; JPEGs are told by their tables."""
 
 import io
+import weakref
 
 import numpy as np
 import pytest
@@ -71,6 +72,26 @@ def test_tiles_do_not_change_a_consistent_picture(pipe):
     tiled = pipe(image=image, generator=seeded(), tile_size=64, output_type="np").images
     pipe.vae.enable_tiling()
     np.testing.assert_allclose(tiled, whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("consistency", [0.0, 1.0])
+def test_a_strip_has_left_memory_when_the_next_one_is_decoded(pipe, monkeypatch, consistency):
+    decoded, kept = [], []
+
+    def decode_strips(latents):
+        for rows in latents.split(5, dim=2):
+            kept.append(sum(memory() is not None for memory in decoded))
+            array = np.zeros((1, 3, 8 * rows.shape[2], 8 * rows.shape[3]), np.float32)
+            decoded.append(weakref.ref(array))  # a tensor's memory holds its array until nothing uses it
+            strip = torch.from_numpy(array)
+            del array
+            yield strip
+            del strip
+
+    monkeypatch.setattr(pipe.vae, "decode_strips", decode_strips)
+    monkeypatch.setattr("uplift_diffusers.latent_space._to_image", lambda strip: strip)
+    pipe(smooth_images(1, 160, 24), scale=2, consistency=consistency, generator=seeded(), output_type="pil")
+    assert kept == [0] * 8
 
 
 @pytest.mark.parametrize("quality", [30, 49, 50, 51, 75, 90, 95, 100])

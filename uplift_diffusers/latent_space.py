@@ -396,8 +396,8 @@ class LatentCodec:
         if not self._decodes_in_strips:
             yield self.decode(raw_latents)
             return
-        for strip in self.vae.decode_strips(raw_latents.to(self.vae.dtype)):
-            yield _to_image(_check_finite(strip))
+        # `map` does not hold a strip while the next one is decoded, as a loop does.
+        yield from map(_to_image, map(_check_finite, self.vae.decode_strips(raw_latents.to(self.vae.dtype))))
 
     def _run_finite(self, function: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
         """function(sample) in the VAE's dtype, or in float32 where float16 overflows."""

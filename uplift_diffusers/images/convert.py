@@ -74,6 +74,7 @@ def assemble_pil(
             rows_alpha = None if alpha is None else alpha[:, top:bottom]
             image.paste(_strip_to_pil(rows, rows_alpha, mode), (0, top))
             top = bottom
+        del strip, rows  # the next strip is computed without this one in memory
     return image
 
 

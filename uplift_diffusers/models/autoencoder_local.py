@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, EncoderOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -29,7 +30,7 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden + self.conv2(torch.relu(self.conv1(hidden)))
+        return hidden + self.conv2(F.relu(self.conv1(hidden), inplace=True))
 
 
 class ConvolutionalEncoder(nn.Module):
@@ -229,6 +230,7 @@ class AutoencoderLocal(ModelMixin, AutoencoderMixin, ConfigMixin):
                 strip[..., left : left + sample.shape[3]] = sample
                 left += sample.shape[3]
             yield strip
+            del strip  # the next one is decoded without it in memory
 
     def _tiles(self, size: tuple[int, int]) -> list[list[Window]]:
         return split_into_tiles(size, self.tile_edge if self.use_tiling else max(size))

@@ -19,14 +19,14 @@ class ChannelLayerNorm(nn.LayerNorm):
 
 
 class ChannelBias(nn.Module):
-    """A bias per channel of (B, C, H, W), used instead of a norm; preserves contrast."""
+    """A bias per channel, added to (B, C, H, W) in place; used instead of a norm; preserves contrast."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(channels, 1, 1))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden + self.bias
+        return hidden.add_(self.bias)
 
 
 NORMS = {"layer_norm": ChannelLayerNorm, "batch_norm": nn.BatchNorm2d, "bias": ChannelBias}

@@ -226,10 +226,14 @@ class UPLiFTSuperResolutionPipeline(DiffusionPipeline):
             consistency=consistency,
             progress=progress,
         )  # (1, 3, rows, round(scale * width)) each
-        return (strip[0].cpu() for strip in strips)
+        return map(_first_on_cpu, strips)  # `map` holds no strip while the next one is decoded
 
 
 def _padded_size(picture: Picture, codec: LatentCodec) -> tuple[int, int]:
     """(height, width) in whole latents, in pixels."""
     factor = codec.space.spatial_factor
     return -(-picture.height // factor) * factor, -(-picture.width // factor) * factor
+
+
+def _first_on_cpu(strip: torch.Tensor) -> torch.Tensor:
+    return strip[0].cpu()

@@ -277,20 +277,28 @@ def make_consistent(
         yield from strips
         return
     height = image.shape[2]
-    pending, top, done = None, 0, 0  # rows of y from row factor * top of it on; rows of the image that are done
+    kept, top, done = None, 0, 0  # rows of y from row factor * top of it on; rows of the image that are done
     for strip in strips:
-        pending = strip if pending is None else torch.cat([pending, strip], dim=2)
+        pending = strip if kept is None else torch.cat([kept, strip], dim=2)
+        del strip  # nothing but `kept` stays in memory while the next strip is decoded
         there = top + pending.shape[2] // factor
         ready = height if there == height else there - CONSISTENCY_REACH
-        if ready <= done:
-            continue
-        first, last = max(done - CONSISTENCY_REACH, 0), min(ready + CONSISTENCY_REACH, height)
-        part = pending[:, :, (first - top) * factor : (last - top) * factor]
-        missing = missing_detail(image[:, :, first:last], part)
-        rows = slice((done - first) * factor, (ready - first) * factor)
-        yield torch.add(part[:, :, rows], missing[:, :, rows], alpha=strength).clamp_(0, 1)
-        done, keep = ready, max(ready - CONSISTENCY_REACH, 0)
-        pending, top = pending[:, :, (keep - top) * factor :], keep
+        if ready > done:
+            first, last = max(done - CONSISTENCY_REACH, 0), min(ready + CONSISTENCY_REACH, height)
+            part = pending[:, :, (first - top) * factor : (last - top) * factor]
+            rows = slice((done - first) * factor, (ready - first) * factor)
+            yield _correct(part, image[:, :, first:last], rows, strength)
+            done = ready
+            del part
+        keep = max(done - CONSISTENCY_REACH, 0)
+        kept, top = pending[:, :, (keep - top) * factor :].clone(), keep
+        del pending
+
+
+def _correct(y: torch.Tensor, x: torch.Tensor, rows: slice, strength: float) -> torch.Tensor:
+    """`rows` of y after `make_consistent`."""
+    missing = missing_detail(x, y)[:, :, rows]
+    return torch.add(y[:, :, rows], missing, alpha=strength, out=missing).clamp_(0, 1)
 
 
 def _watched(strips: Iterator[torch.Tensor], progress: Progress | None) -> Iterator[torch.Tensor]:
@@ -298,6 +306,7 @@ def _watched(strips: Iterator[torch.Tensor], progress: Progress | None) -> Itera
         if progress is not None:
             progress.advance()
         yield strip
+        del strip
 
 
 def _edge(latents: tuple[int, int], spatial_factor: int, tile_size: int | None) -> int:
@@ -313,6 +322,7 @@ def _crop_strips(strips: Iterator[torch.Tensor], size: tuple[int, int]) -> Itera
         height -= strip.shape[2]
         if strip.shape[2]:
             yield strip
+        del strip
 
 
 def _reduce_strips(strips: Iterator[torch.Tensor], height: int, size: tuple[int, int]) -> torch.Tensor:
