@@ -26,10 +26,12 @@ STAGES = [
     "autoencoder_grown",
     "autoencoder_decoder",
     "autoencoder_pixels",
+    "autoencoder_smaller",
     "upsampler_pixels",
     "upsampler",
     "upsampler_longer",
     "upsampler_two_depths",
+    "upsampler_psnr",
 ]
 
 
@@ -56,7 +58,7 @@ def compare() -> None:
 
 def plot_curves() -> None:
     """Loss in training, and PSNR on the validation crops of 256 px, by step and stage."""
-    figure = Figure(figsize=(20, 5), layout="constrained")
+    figure = Figure(figsize=(25, 5), layout="constrained")
     for column, (axes, stage) in enumerate(zip(figure.subplots(2, len(STAGES), sharex="col").T, STAGES, strict=True)):
         lines = (ROOT / "model_cards" / "embedded" / f"{stage}.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]

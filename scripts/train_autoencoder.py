@@ -37,7 +37,7 @@ class AutoencoderTrainingConfig(TrainingConfig):
     max_reduction: float = option(2.0)
     latent_channels: int = option(40, "Channels of the latents.")
     encoder_layers_per_block: tuple[int, ...] = option((2, 3), "Residual blocks of the encoder at 1/4 and at 1/8.")
-    decoder_layers_per_block: tuple[int, ...] = option((4, 4), "Residual blocks of the decoder at 1/4 and at 1/8.")
+    decoder_layers_per_block: tuple[int, ...] = option((4, 2), "Residual blocks of the decoder at 1/4 and at 1/8.")
     pretrained_model: str | None = option(
         None, "Autoencoder to start from: a local folder. New residual blocks start as the identity, surplus ones go."
     )
