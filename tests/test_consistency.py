@@ -74,8 +74,9 @@ def test_tiles_do_not_change_a_consistent_picture(pipe):
     np.testing.assert_allclose(tiled, whole, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1.5, 2])
 @pytest.mark.parametrize("consistency", [0.0, 1.0])
-def test_a_strip_has_left_memory_when_the_next_one_is_decoded(pipe, monkeypatch, consistency):
+def test_a_strip_has_left_memory_when_the_next_one_is_decoded(pipe, monkeypatch, consistency, scale):
     decoded, kept = [], []
 
     def decode_strips(latents):
@@ -90,7 +91,7 @@ def test_a_strip_has_left_memory_when_the_next_one_is_decoded(pipe, monkeypatch,
 
     monkeypatch.setattr(pipe.vae, "decode_strips", decode_strips)
     monkeypatch.setattr("uplift_diffusers.latent_space._to_image", lambda strip: strip)
-    pipe(smooth_images(1, 160, 24), scale=2, consistency=consistency, generator=seeded(), output_type="pil")
+    pipe(smooth_images(1, 160, 24), scale=scale, consistency=consistency, generator=seeded(), output_type="pil")
     assert kept == [0] * 8
 
 

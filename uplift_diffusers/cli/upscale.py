@@ -68,8 +68,7 @@ Existing outputs:
   Inputs are never replaced. Existing outputs are kept: for a single file this is an error; with a folder or several
   files, the missing ones are written. So the same command continues an interrupted job. Files are written atomically.
   --overwrite replaces files, but never a link, a FIFO, a socket or a device.
-  The same input, seed, model, device type and versions give the same output, whether a file is
-  given alone or in a folder.
+  With the same seed, model, device type and versions, a file gives the same output alone and in a folder.
 
 Several devices or machines:
   accelerate launch -m uplift_diffusers upscale ... splits the files between the processes that it starts, one per

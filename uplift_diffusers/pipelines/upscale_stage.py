@@ -231,6 +231,8 @@ def decode_strips_to_scale(
     """
     The output of `decode_to_scale` in strips of rows, from top to bottom, to avoid holding all of it in memory.
 
+    No strip stays in memory while the next one is decoded: hence the `del` in the loops on the way.
+
     Args:
         raw_latents: (B, C, h, w), from `upscale_raw_latents`.
         codec: runs the VAE.
@@ -335,6 +337,7 @@ def _reduce_strips(strips: Iterator[torch.Tensor], height: int, size: tuple[int,
         rows = narrow.new_empty(*narrow.shape[:2], height, size[1]) if rows is None else rows
         rows[:, :, top : top + strip.shape[2]] = narrow
         top += strip.shape[2]
+        del strip, narrow
     assert rows is not None  # there is at least one strip
     for columns in rows.split(256, dim=3):
         columns[:, :, : size[0]] = interpolate(columns, (size[0], columns.shape[3]))
