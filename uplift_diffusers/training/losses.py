@@ -15,6 +15,11 @@ from uplift_diffusers.latent_space import Autoencoder, LatentCodec, LatentSpace
 from uplift_diffusers.models.upsampler import UPLiFTModel
 
 
+def psnr_from_mse(mse: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB from a mean squared error over values in [0, 1]."""
+    return -10 * torch.log10(mse.clamp_min(1e-10))
+
+
 def negative_psnr(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """
     The negative PSNR in dB of (B, 3, H, W) in [0, 1], a mean over images.
@@ -134,8 +139,3 @@ class MultiDepthObjective(nn.Module):
             latents = latents.clone()
             latents[degraded] = encode_pyramid(self.codec, [image[degraded]])[0]
         return image, latents, denoise
-
-
-def psnr_from_mse(mse: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB from a mean squared error over values in [0, 1]."""
-    return -10 * torch.log10(mse.clamp_min(1e-10))
